@@ -1,0 +1,105 @@
+"""All errors that a user can cause, or that the cluster can.
+
+DdpmDistError
+├── ConfigError              a key, a value or a combination that can't work
+├── StorageError             an object store said no, or nothing
+│   ├── NotFoundError        no such object, folder or bucket
+│   ├── AccessError          credentials that are missing or refused
+│   ├── UnreachableError     no answer within the patience that was granted
+│   └── ShortReadError       fewer bytes came than were asked for
+├── DataError                a data set that can't be used as it is
+│   ├── ShardError           a shard that is truncated, altered or missing
+│   └── BadSamplesError      more undecodable samples than data.max_bad_fraction
+├── SnapshotError            a snapshot folder that isn't one, or doesn't fit
+├── StateError               a training state that can't be read or doesn't fit
+│   └── DamagedStateError    its bytes differ from what its manifest says
+├── TrainingError            the run can't go on
+│   ├── NonFiniteError       too many steps in a row with a loss or gradient that isn't finite
+│   ├── HangError            no step within the heartbeat's limit
+│   └── ClaimError           the run folder belongs to another live attempt
+├── ClusterError             too few resources, or a Ray that doesn't answer
+├── SamplingError            a sampling job that can't be done as asked
+└── EvaluationError          a metric that can't be computed as asked
+
+A message says what was wrong, which value, where, and what to do about it.
+"""
+
+
+class DdpmDistError(Exception):
+    """Base of all errors that are shown to the user as one message, without a traceback."""
+
+
+class ConfigError(DdpmDistError, ValueError):
+    """A key, a value or a combination that can't work."""
+
+
+class StorageError(DdpmDistError):
+    """An object store said no, or nothing."""
+
+
+class NotFoundError(StorageError):
+    """No such object, folder or bucket."""
+
+
+class AccessError(StorageError):
+    """Credentials that are missing or refused."""
+
+
+class UnreachableError(StorageError):
+    """No answer within the patience that was granted."""
+
+
+class ShortReadError(StorageError):
+    """Fewer bytes came than were asked for."""
+
+
+class DataError(DdpmDistError):
+    """A data set that can't be used as it is."""
+
+
+class ShardError(DataError):
+    """A shard that is truncated, altered or missing."""
+
+
+class BadSamplesError(DataError):
+    """More undecodable samples than `data.max_bad_fraction` allows."""
+
+
+class SnapshotError(DdpmDistError):
+    """A snapshot folder that isn't one, or doesn't fit."""
+
+
+class StateError(DdpmDistError):
+    """A training state that can't be read or doesn't fit."""
+
+
+class DamagedStateError(StateError):
+    """A training state whose bytes differ from what its manifest says."""
+
+
+class TrainingError(DdpmDistError):
+    """The run can't go on."""
+
+
+class NonFiniteError(TrainingError):
+    """Too many steps in a row with a loss or a gradient that isn't finite."""
+
+
+class HangError(TrainingError):
+    """No step within the heartbeat's limit."""
+
+
+class ClaimError(TrainingError):
+    """The run folder belongs to another live attempt."""
+
+
+class ClusterError(DdpmDistError):
+    """Too few resources, or a Ray that doesn't answer."""
+
+
+class SamplingError(DdpmDistError):
+    """A sampling job that can't be done as asked."""
+
+
+class EvaluationError(DdpmDistError):
+    """A metric that can't be computed as asked."""
