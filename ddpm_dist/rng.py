@@ -112,12 +112,17 @@ def integers(
 
 
 def fold(*parts: int) -> int:
-    """One 64-bit seed from several integers, by Philox; for generators that want a plain seed.
+    """One 64-bit seed from several integers (each 0 ≤ part < 2⁶⁴), for generators that want a plain seed.
 
-    Each part may be any non-negative integer below 2⁶³.
+    A chain of Philox calls in plain integers, so that it costs microseconds.
     """
     seed = 0
     for part in parts:
-        low, high = philox(seed, 0, torch.tensor([part]), 2)[0, :2].tolist()
-        seed = high << 32 | low
+        c0, c1, c2, c3 = 0, part & MASK32, part >> 32, 0
+        k0, k1 = seed & MASK32, seed >> 32
+        for _ in range(ROUNDS):
+            p0, p1 = c0 * MULTIPLIER_0, c2 * MULTIPLIER_1
+            c0, c1, c2, c3 = p1 >> 32 ^ c1 ^ k0, p1 & MASK32, p0 >> 32 ^ c3 ^ k1, p0 & MASK32
+            k0, k1 = (k0 + WEYL_0) & MASK32, (k1 + WEYL_1) & MASK32
+        seed = c1 << 32 | c0
     return seed
