@@ -1,0 +1,34 @@
+"""Fixtures of all tests: a real S3 server on loopback, and a fresh folder in its bucket."""
+
+import os
+import uuid
+from collections.abc import Iterator
+
+import pytest
+
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")  # before torch is imported: the same sums on any number of cores
+
+from ddpm_dist import storage  # noqa: E402
+from tools.s3_server import S3Server  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """A SeaweedFS with credentials of its own; `.kill()` and `.restart()` as a test likes, running again at its end."""
+    with S3Server() as server:
+        yield server
+
+
+@pytest.fixture
+def bucket_url(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A fresh `s3://bucket/prefix`, with the server's AWS_* in os.environ for this process and its children."""
+    if not s3_server.running:
+        s3_server.restart()
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    storage.clear_instances()
+    yield f"s3://{s3_server.bucket}/{uuid.uuid4().hex[:12]}"
+    storage.clear_instances()

@@ -1,0 +1,36 @@
+"""Processes that don't outlive whoever started them."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+_LAUNCHER = (
+    "import ctypes, os, sys\n"
+    f"if sys.platform == 'linux': ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {int(signal.SIGKILL)})\n"
+    "if os.getppid() != int(sys.argv[1]): sys.exit(1)\n"  # the parent died before prctl could know it
+    "os.execvp(sys.argv[2], sys.argv[2:])"
+)
+
+
+def start_bound(command: Sequence[str | os.PathLike[str]], **options: Any) -> subprocess.Popen[Any]:
+    """`subprocess.Popen` of a process that the kernel kills when the calling thread dies, however it dies.
+
+    Call it in the main thread. (Linux; elsewhere it is a plain Popen.) A launcher sets it and becomes the command:
+    `preexec_fn` isn't safe in a process with threads.
+    """
+    return subprocess.Popen([sys.executable, "-S", "-E", "-c", _LAUNCHER, str(os.getpid()), *command], **options)
+
+
+def end(process: subprocess.Popen[Any], patience_s: float = 10.0) -> None:
+    """SIGTERM, and SIGKILL when the patience is over. Returns when the process is gone."""
+    if process.poll() is None:
+        process.terminate()
+    try:
+        process.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
