@@ -1,0 +1,145 @@
+"""Ray Train adapter: starts one training process per worker, and again after a failure that may pass.
+
+Ray restarts, places and watches the workers; the state they resume from is ours (`checkpoint.py`), so
+nothing is ever reported to Ray Train. The only internals touched are the two policies that
+`TorchTrainer` hands to its controller (tests/distributed/test_ray_train.py holds what we assume of them).
+"""
+
+import os
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
+from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+
+from ddpm_dist.config import Config
+from ddpm_dist.errors import ClusterError, DdpmDistError, HangError, ShortReadError, UnreachableError
+from ddpm_dist.recipe import dump_config
+
+MAY_PASS = (HangError, UnreachableError, ShortReadError)
+"""Errors of ours that another attempt may not meet; all other errors of ours stop the run."""
+
+
+
+def connect() -> None:
+    """Joins the cluster of RAY_ADDRESS (a Ray job has it), or starts a Ray on this machine alone."""
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    try:
+        ray.init(address=os.environ.get("RAY_ADDRESS") or None, log_to_driver=True, include_dashboard=False)
+    except ConnectionError as error:
+        raise ClusterError(
+            f"RAY_ADDRESS is {os.environ.get('RAY_ADDRESS')!r}, and no Ray answers there: {error}; start one with "
+            "`ray start --head`, or unset it to train on this machine alone"
+        ) from None
+
+
+def train_on_ray(cfg: Config, worker: Callable[[dict[str, Any]], None]) -> None:
+    """Runs `worker({"config": YAML})` in each worker process until it returns in all of them.
+
+    Raises ClusterError if the resources don't come, and the worker's own DdpmDistError if it stopped the run.
+    """
+    connect()
+    low, high = cfg.worker_range
+    await_resources(low, _resources(cfg), cfg.cluster.wait_seconds)
+    trainer = _Trainer(
+        worker,
+        train_loop_config={"config": dump_config(cfg)},
+        torch_config=TorchConfig(backend="nccl" if cfg.cluster.gpus_per_worker else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=low if low == high else (low, high),
+            use_gpu=cfg.cluster.gpus_per_worker > 0,
+            resources_per_worker=_resources(cfg),
+        ),
+        run_config=RunConfig(
+            # Ray Train resumes whatever it finds under the same name; ours must not, so both are new.
+            name=f"ddpm-{uuid.uuid4().hex[:8]}",
+            storage_path=tempfile.mkdtemp(prefix="ddpm-ray-train-"),
+            failure_config=FailureConfig(max_failures=cfg.cluster.max_failures),
+            worker_runtime_env={"env_vars": _worker_environment(cfg)},
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise (_own_error(error) or ClusterError(f"the training failed: {_brief(error)}")) from error
+
+
+def await_resources(workers: int, each: dict[str, float], patience_s: float) -> None:
+    """Waits until the cluster as a whole has room for so many workers; ClusterError if it never does."""
+    needed = {name: amount * workers for name, amount in each.items()}
+    deadline = time.monotonic() + patience_s
+    while True:
+        there = ray.cluster_resources()
+        missing = {name: amount for name, amount in needed.items() if there.get(name, 0.0) < amount}
+        if not missing:
+            return
+        if time.monotonic() > deadline:
+            raise ClusterError(
+                f"{workers} workers need {_amounts(needed)}; the cluster has "
+                f"{_amounts({name: there.get(name, 0.0) for name in needed})} after {patience_s:.0f} s of waiting; "
+                "add nodes, lower cluster.workers or cluster.cpus_per_worker, or raise cluster.wait_seconds"
+            )
+        time.sleep(1.0)
+
+
+class _Trainer(TorchTrainer):
+    """TorchTrainer whose controller stops at errors that another attempt would meet again."""
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        arguments["failure_policy"] = _StopOnWrong(self.run_config.failure_config)
+        return super()._initialize_and_run_controller(**arguments)
+
+
+class _StopOnWrong(DefaultFailurePolicy):
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        own = _own_error(training_failed_error)
+        if own is not None and not isinstance(own, MAY_PASS):
+            return FailureDecision.RAISE
+        return super().make_decision(training_failed_error)
+
+
+def _own_error(error: TrainingFailedError) -> DdpmDistError | None:
+    """The first error of ours among the workers' failures (other ranks fail as a consequence)."""
+    if not isinstance(error, WorkerGroupError):
+        return None
+    for failure in error.worker_failures.values():
+        cause = failure._base_exc if isinstance(failure, UserExceptionWithTraceback) else failure
+        if isinstance(cause, DdpmDistError):
+            return cause
+    return None
+
+
+def _brief(error: TrainingFailedError) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def _resources(cfg: Config) -> dict[str, float]:
+    each: dict[str, float] = {"CPU": cfg.cluster.cpus_per_worker}
+    if cfg.cluster.gpus_per_worker:
+        each["GPU"] = cfg.cluster.gpus_per_worker
+    return each
+
+
+def _worker_environment(cfg: Config) -> dict[str, str]:
+    """Settings that must stand before torch is imported; never a secret, since a job's details show them."""
+    threads = str(max(1, int(cfg.cluster.cpus_per_worker)))
+    environment = {"OMP_NUM_THREADS": threads, "RAY_CHDIR_TO_TRIAL_DIR": "0"}
+    if not cfg.cluster.gpus_per_worker:
+        environment["DS_ACCELERATOR"] = "cpu"
+    return environment
+
+
+def _amounts(resources: dict[str, float]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())

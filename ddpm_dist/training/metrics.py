@@ -1,0 +1,201 @@
+"""What a run shows: time by phase, goodput over all attempts, TensorBoard event files, progress lines."""
+
+import logging
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from ddpm_dist import storage
+from ddpm_dist.errors import StorageError
+
+log = logging.getLogger(__name__)
+
+UPLOAD_S = 10.0
+ROTATE_BYTES = 8 * 2**20
+PHASES = ("data", "forward_backward", "step", "ema", "checkpoint", "snapshot", "other")
+
+
+class PhaseClock:
+    """Seconds of host time by phase since the last `take`; phases don't nest."""
+
+    def __init__(self) -> None:
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._since = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] += time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """Seconds by phase since the last call; `other` is what no phase covers."""
+        now = time.perf_counter()
+        seconds = dict(self._seconds)
+        seconds["other"] = max(0.0, now - self._since - sum(seconds.values()))
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._since = now
+        return seconds
+
+
+@dataclass
+class Goodput:
+    """Where the wall time of a run went, over all its attempts, in seconds. Saved in the training state."""
+
+    began_at: float = field(default_factory=time.time)
+    """Unix time at which the run's first attempt began."""
+    productive_s: float = 0.0
+    data_wait_s: float = 0.0
+    checkpoint_s: float = 0.0
+    snapshot_s: float = 0.0
+    lost_s: float = 0.0
+    """Steps that were done and then lost, because no state held them."""
+    restart_s: float = 0.0
+    """From the end of an attempt to the first step of the next."""
+    restarts: int = 0
+
+    def add(self, phases: Mapping[str, float]) -> None:
+        self.data_wait_s += phases["data"]
+        self.checkpoint_s += phases["checkpoint"]
+        self.snapshot_s += phases["snapshot"]
+        self.productive_s += phases["forward_backward"] + phases["step"] + phases["ema"] + phases["other"]
+
+    def resume(self, saved_at: float, last_sign_at: float | None) -> None:
+        """Accounts for the gap between the state's time and now; `last_sign_at`: of the attempt that ended."""
+        ended_at = max(saved_at, last_sign_at or saved_at)
+        self.lost_s += ended_at - saved_at
+        self.restart_s += max(0.0, time.time() - ended_at)
+        self.restarts += 1
+
+    def shares(self) -> dict[str, float]:
+        """Each share of the wall time since the run began; `goodput` is the productive one."""
+        wall_s = max(time.time() - self.began_at, 1e-9)
+        spent = {name.removesuffix("_s"): value for name, value in asdict(self).items() if name.endswith("_s")}
+        shares = {name: value / wall_s for name, value in spent.items()}
+        return {"goodput": shares.pop("productive"), **shares}
+
+
+class EventLog:
+    """TensorBoard event files of one attempt, written locally and published to the run's folder.
+
+    A store has no append, so the current file is published again while it grows, and closed at 8 MiB.
+    """
+
+    def __init__(self, run_url: str, attempt: int, start_step: int) -> None:
+        self._url = storage.join(run_url, "tensorboard")
+        self._folder = Path(tempfile.mkdtemp(prefix="ddpm-events-"))
+        self._attempt, self._part = attempt, 0
+        self._purge_step: int | None = start_step
+        self._published: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._writer = self._open()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="tensorboard", daemon=True)
+        self._thread.start()
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        with self._lock:
+            for tag, value in values.items():
+                self._writer.add_scalar(tag, value, step)
+
+    def image(self, tag: str, image: Tensor, step: int) -> None:
+        """image: [C, H, W] uint8."""
+        with self._lock:
+            self._writer.add_image(tag, image, step)
+
+    def text(self, tag: str, text: str, step: int) -> None:
+        with self._lock:
+            self._writer.add_text(tag, text, step)
+
+    def close(self) -> None:
+        self._ended.set()
+        self._thread.join()
+        with self._lock:
+            self._writer.close()
+        self._publish(storage.PATIENCE_S)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _open(self) -> SummaryWriter:
+        suffix = f".a{self._attempt}.{self._part}"
+        writer = SummaryWriter(str(self._folder), purge_step=self._purge_step, filename_suffix=suffix)
+        self._purge_step, self._part = None, self._part + 1
+        return writer
+
+    def _work(self) -> None:
+        while not self._ended.wait(UPLOAD_S):
+            with self._lock:
+                self._writer.flush()
+                newest = max(self._folder.iterdir(), key=lambda file: file.stat().st_mtime)
+                if newest.stat().st_size > ROTATE_BYTES:
+                    self._writer.close()
+                    self._writer = self._open()
+            try:
+                self._publish(UPLOAD_S)
+            except StorageError as error:
+                log.warning("TensorBoard events were not published, will try again: %s", error)
+
+    def _publish(self, patience_s: float) -> None:
+        for file in sorted(self._folder.iterdir()):
+            data = file.read_bytes()
+            if len(data) != self._published.get(file.name):
+                storage.publish(storage.join(self._url, file.name), data, patience_s)
+                self._published[file.name] = len(data)
+
+
+class Progress:
+    """A bar with rate and time left on a terminal, plain lines in a log."""
+
+    def __init__(self, start_step: int, steps: int, global_batch: int) -> None:
+        self._steps, self._batch = steps, global_batch
+        self._start_step, self._start = start_step, time.perf_counter()
+        self._bar = tqdm(total=steps, initial=start_step, unit="step") if sys.stderr.isatty() else None
+
+    def show(self, step: int, loss: float, images_per_second: float, data_wait: float) -> None:
+        """step: steps done. data_wait: share of the time."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {images_per_second:.0f} images/s, wait {data_wait:.1%}")
+            self._bar.update(step - self._bar.n)
+            return
+        rate = (step - self._start_step) / max(time.perf_counter() - self._start, 1e-9)
+        left_s = (self._steps - step) / rate if rate else float("inf")
+        log.info(
+            "step %d/%d (%s images)  loss %.4f  %.0f images/s  data wait %.1f%%  %s left",
+            step, self._steps, f"{step * self._batch:,}", loss, images_per_second, 100 * data_wait, _clock(left_s),
+        )  # fmt: skip
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def image_grid(images: Tensor, columns: int | None = None) -> Tensor:
+    """[N, C, H, W] uint8 to one [C, rows·(H+1)−1, columns·(W+1)−1] uint8 picture with grey lines between."""
+    n, c, h, w = images.shape
+    columns = columns or max(1, round(n**0.5))
+    rows = -(-n // columns)
+    grid = torch.full((c, rows * (h + 1) - 1, columns * (w + 1) - 1), 128, dtype=torch.uint8)
+    for i, image in enumerate(images):
+        y, x = divmod(i, columns)
+        grid[:, y * (h + 1) : y * (h + 1) + h, x * (w + 1) : x * (w + 1) + w] = image
+    return grid
+
+
+def _clock(seconds: float) -> str:
+    if seconds == float("inf"):
+        return "?"
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

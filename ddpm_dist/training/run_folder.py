@@ -1,0 +1,184 @@
+"""A run's folder: who may use it, with which configuration, and what it says when the run ends.
+
+    run.url/
+      config.yaml     the resolved configuration
+      lease.json      who trains here now, renewed every few seconds
+      stop            created by anybody: the run saves and leaves
+      summary.json    what the last attempt ended with
+      checkpoints/    training states (distributed/checkpoint.py)
+      snapshots/      EMA weights as diffusers folders, one per step (snapshot.py)
+      tensorboard/    samples/    evaluation/    failures/
+"""
+
+import json
+import logging
+import os
+import platform
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from ddpm_dist import storage
+from ddpm_dist.config import Config
+from ddpm_dist.errors import ClaimError, ConfigError, NotFoundError, StorageError
+from ddpm_dist.recipe import differences, dump_config, parse_config
+
+log = logging.getLogger(__name__)
+
+RENEW_S = 4.0
+LEASE_S = 20.0
+"""A lease that isn't renewed for so long belongs to a dead attempt."""
+
+
+def prepare(cfg: Config) -> None:
+    """Checks that this configuration may use the folder, and writes `config.yaml`.
+
+    Raises StorageError if the folder can't be reached, ConfigError with the list of identity keys that
+    differ from those of the run that is there.
+    """
+    storage.check_access(cfg.run.url)
+    url = storage.join(cfg.run.url, "config.yaml")
+    try:
+        old = parse_config(storage.read(url).decode(), source=url)
+    except NotFoundError:
+        old = None
+    if old is not None:
+        found = differences(old, cfg)
+        if found["identity"]:
+            raise ConfigError(
+                f"run.url: {cfg.run.url} holds a run of another configuration:\n  "
+                + "\n  ".join(found["identity"])
+                + "\nUse another run.url for this one (run.init_from takes weights along), or the old values to go on."
+            )
+        for change in found["schedule"]:
+            log.info("the schedule changes: %s", change)
+    text = dump_config(cfg)
+    if old is None or dump_config(old) != text:
+        storage.publish(url, text.encode())
+    storage.delete(storage.join(cfg.run.url, "stop"))
+
+
+def take_over(run_url: str, token: str) -> None:
+    """Waits until nobody else trains in this folder; ClaimError if somebody goes on doing so.
+
+    token: names the job, which may own the lease already (Ray started its workers again).
+    """
+    seen = _read_lease(run_url)
+    if seen is None or seen.get("released") or seen["token"] == token or _is_dead_here(seen):
+        return
+    log.info("run.url: the lease of %s is not released; waiting %.0f s for a sign of life", _owner(seen), LEASE_S)
+    deadline = time.monotonic() + LEASE_S
+    while time.monotonic() < deadline:
+        time.sleep(0.5)
+        now = _read_lease(run_url)
+        if now is None or now.get("released") or _is_dead_here(now):
+            return
+        if now != seen:
+            raise ClaimError(
+                f"run.url: {run_url} is in use by {_owner(now)}, at step {now['step']}; wait for it, use another "
+                f"run.url, or end it by an object `stop` in that folder"
+            )
+    log.info("run.url: %s gave no sign of life; its lease is taken over", _owner(seen))
+
+
+class Lease:
+    """Shows that this process trains in the folder, and notices the `stop` object there."""
+
+    def __init__(self, run_url: str, token: str) -> None:
+        self._url = storage.join(run_url, "lease.json")
+        self._stop_url = storage.join(run_url, "stop")
+        self._token = token
+        self._beat = 0
+        self._ended = threading.Event()
+        self.step = 0
+        self.stop_requested = False
+        self._renew(released=False)
+        self._thread = threading.Thread(target=self._work, name="lease", daemon=True)
+        self._thread.start()
+
+    def release(self) -> None:
+        """Lets another job begin at once."""
+        self._ended.set()
+        self._thread.join()
+        self._renew(released=True)
+        if self.stop_requested:
+            storage.delete(self._stop_url)
+
+    def _work(self) -> None:
+        while not self._ended.wait(RENEW_S):
+            try:
+                self._renew(released=False)
+                self.stop_requested = self.stop_requested or storage.exists(self._stop_url, patience_s=RENEW_S)
+            except StorageError as error:
+                log.warning("the lease was not renewed: %s", error)
+
+    def _renew(self, released: bool) -> None:
+        self._beat += 1
+        lease = {
+            "token": self._token,
+            "host": platform.node(),
+            "boot": _boot_id(),
+            "pid": os.getpid(),
+            "step": self.step,
+            "beat": self._beat,
+            "time": time.time(),
+            "released": released,
+        }
+        storage.publish(self._url, json.dumps(lease).encode(), patience_s=RENEW_S)
+
+
+def new_token() -> str:
+    """Names one job, over all the attempts that its launcher makes."""
+    return uuid.uuid4().hex
+
+
+def write_summary(run_url: str, summary: dict[str, Any]) -> None:
+    storage.publish(storage.join(run_url, "summary.json"), json.dumps(summary, indent=2).encode())
+
+
+def read_summary(run_url: str) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(storage.read(storage.join(run_url, "summary.json"))))
+    except NotFoundError:
+        return None
+
+
+def snapshot_url(run_url: str, step: int) -> str:
+    """Zero-padded, so that names sort by step."""
+    return storage.join(run_url, "snapshots", f"{step:09d}")
+
+
+def last_heartbeat(run_url: str) -> dict[str, Any] | None:
+    """The newest lease, for the account of lost time."""
+    return _read_lease(run_url)
+
+
+def _read_lease(run_url: str) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(storage.read(storage.join(run_url, "lease.json"))))
+    except NotFoundError:
+        return None
+
+
+def _is_dead_here(lease: dict[str, Any]) -> bool:
+    """Whether the owner was a process of this boot of this host that is gone, so that no wait is needed."""
+    if lease["boot"] != _boot_id() or lease["host"] != platform.node():
+        return False
+    try:
+        state = Path(f"/proc/{lease['pid']}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state == "Z"
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return "unknown"
+
+
+def _owner(lease: dict[str, Any]) -> str:
+    return f"process {lease['pid']} on {lease['host']}"

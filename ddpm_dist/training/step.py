@@ -1,0 +1,98 @@
+"""One optimizer step of DDPM training: the paper's Algorithm 1 over this rank's share of the global batch."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddpm_dist import rng
+from ddpm_dist.config import Config
+from ddpm_dist.diffusion.gaussian import GaussianDiffusion
+from ddpm_dist.diffusion.losses import LossHistory, draw_t, training_losses
+from ddpm_dist.distributed.engine import Engine, StepReport
+from ddpm_dist.distributed.world import World
+from ddpm_dist.rng import Purpose
+from ddpm_dist.training.optim import lr_at
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a global batch of B images is cut for W ranks: contract 1 of ARCHITECTURE.md."""
+
+    share: int
+    """Images of a rank, B / W."""
+    micro_batch: int
+    """Images of one forward pass: the largest divisor of the share up to train.max_micro_batch."""
+    accumulation: int
+    """Forward and backward passes in a step."""
+
+    @classmethod
+    def of(cls, global_batch: int, world_size: int, max_micro_batch: int) -> "BatchPlan":
+        share, rest = divmod(global_batch, world_size)
+        assert rest == 0, "the configuration admits only worlds that divide the batch"
+        micro = max(m for m in range(1, min(share, max_micro_batch) + 1) if share % m == 0)
+        return cls(share, micro, share // micro)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one rank saw in a step."""
+
+    t: Tensor
+    """[B/W] int64, the diffusion times."""
+    loss: Tensor
+    """[B/W] float32, the loss of each image before the mean, on the device."""
+    report: StepReport
+
+
+def training_step(
+    engine: Engine,
+    diffusion: GaussianDiffusion,
+    images: Tensor,
+    labels: Tensor | None,
+    step: int,
+    cfg: Config,
+    world: World,
+    plan: BatchPlan,
+    history: LossHistory | None = None,
+) -> StepResult:
+    """Algorithm 1 of Ho et al. 2020 for step `step`, from 0.
+
+    images: [B/W, C, H, W] uint8, the places [rB/W, (r+1)B/W) of the global batch. labels: [B/W] int64 or None.
+    t and eps of the image at place p depend on (seed, step, p) alone, not on the number of ranks.
+    """
+    seed, batch = cfg.run.seed, cfg.train.global_batch
+    places = torch.arange(world.rank * plan.share, (world.rank + 1) * plan.share, device=world.device)
+    image_numbers = places + step * batch
+    x_start = to_model_range(images.to(world.device, non_blocking=True))
+    t, weight = draw_t(cfg.diffusion, seed, step, places, batch, history, device=world.device)
+    eps = rng.normal(seed, Purpose.EPS, image_numbers, x_start.shape[1:])
+    labels = _drop_labels(labels, image_numbers, cfg, world)
+    if cfg.model.dropout:
+        torch.manual_seed(rng.fold(seed, step, world.rank))  # dropout's masks depend on this step alone
+
+    losses = []
+    for i in range(0, plan.share, plan.micro_batch):
+        part = slice(i, i + plan.micro_batch)
+        y = None if labels is None else labels[part]
+        found = training_losses(diffusion, engine, x_start[part], t[part], eps[part], y, cfg.diffusion)
+        engine.backward((weight[part] * found.loss).mean())
+        losses.append(found.loss.detach())
+    report = engine.step(lr_at(cfg.train, step))
+    return StepResult(t, torch.cat(losses), report)
+
+
+def to_model_range(images: Tensor) -> Tensor:
+    """[B, C, H, W] uint8 in 0..255 to float32 in [-1, 1] (section 3.3 of Ho et al. 2020)."""
+    return images.float() / 127.5 - 1.0
+
+
+def _drop_labels(labels: Tensor | None, image_numbers: Tensor, cfg: Config, world: World) -> Tensor | None:
+    """Replaces labels by the null class with probability diffusion.label_dropout (Ho & Salimans 2022)."""
+    if labels is None or cfg.model.num_classes is None:
+        return None
+    labels = labels.to(world.device, non_blocking=True)
+    if not cfg.diffusion.label_dropout:
+        return labels
+    u = rng.uniform(cfg.run.seed, Purpose.LABEL_DROPOUT, image_numbers)
+    return torch.where(u < cfg.diffusion.label_dropout, cfg.model.num_classes, labels)

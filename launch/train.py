@@ -1,0 +1,25 @@
+"""Trains on a Ray cluster: `ray job submit --working-dir . -- python launch/train.py --config FILE key=value …`.
+
+Without a cluster (RAY_ADDRESS is not set) Ray is started on this machine alone.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+from ddpm_dist import cli
+from ddpm_dist.distributed.ray_train import train_on_ray
+from ddpm_dist.training import run_folder
+from ddpm_dist.training.loop import finished, ray_worker, report_end
+
+
+def main(argv: Sequence[str] | None) -> None:
+    """Checks everything that can be checked without workers, then trains until the run is finished."""
+    cfg = cli.config_from(cli.config_parser("Train a DDPM on a Ray cluster.").parse_args(argv))
+    token = run_folder.new_token()
+    if not finished(cfg, token):
+        train_on_ray(cfg, partial(ray_worker, token=token))
+    report_end(cfg)
+
+
+if __name__ == "__main__":
+    cli.run(main)
