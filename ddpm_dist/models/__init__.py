@@ -1,0 +1,1 @@
+"""The ε-network: tensors in, tensors out."""

@@ -1,0 +1,164 @@
+"""Which U-Net: a frozen description in the vocabulary of diffusers' `UNet2DModel`, and its reading and writing."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ddpm_dist.config import ModelConfig
+from ddpm_dist.errors import SnapshotError
+
+DOWN_BLOCKS = {"plain": "DownBlock2D", "attention": "AttnDownBlock2D", "resblock": "ResnetDownsampleBlock2D"}
+UP_BLOCKS = {"plain": "UpBlock2D", "attention": "AttnUpBlock2D", "resblock": "ResnetUpsampleBlock2D"}
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The network's shape and its arithmetic. Names and meanings are `UNet2DModel`'s; defaults are the paper's.
+
+    `downsample_padding`: 0 pads right and bottom by one pixel (the paper), 1 pads all sides.
+    `attention_head_dim`: channels of a head; none: one head.
+    `attn_norm_num_groups`: groups of the middle attention's normalisation; none: `norm_num_groups`, or no
+    normalisation at all with scale_shift (a quirk of UNet2DModel that its files depend on).
+    `num_class_embeds`: rows of the class embedding, the null class included; none: unconditional.
+    """
+
+    sample_size: int
+    in_channels: int
+    out_channels: int
+    block_out_channels: tuple[int, ...]
+    down_block_types: tuple[str, ...]
+    up_block_types: tuple[str, ...]
+    layers_per_block: int = 2
+    attention_head_dim: int | None = None
+    norm_num_groups: int = 32
+    attn_norm_num_groups: int | None = None
+    norm_eps: float = 1e-6
+    dropout: float = 0.0
+    downsample_padding: int = 0
+    downsample_type: str = "conv"
+    upsample_type: str = "conv"
+    flip_sin_to_cos: bool = False
+    freq_shift: int = 1
+    resnet_time_scale_shift: str = "default"
+    add_attention: bool = True
+    num_class_embeds: int | None = None
+
+    @classmethod
+    def from_recipe(cls, model: ModelConfig, image_size: int, channels: int, learned_variance: bool) -> "UNetConfig":
+        """The network of a recipe. With a learned variance it has 2·channels outputs: [mean part, variance part]."""
+        levels = len(model.channel_mult)
+        residual = model.resample == "resblock"
+
+        def kind(level: int) -> str:
+            if image_size >> level in model.attention_resolutions:
+                return "attention"
+            return "resblock" if residual else "plain"
+
+        return cls(
+            sample_size=image_size,
+            in_channels=channels,
+            out_channels=2 * channels if learned_variance else channels,
+            block_out_channels=tuple(model.channels * mult for mult in model.channel_mult),
+            down_block_types=tuple(DOWN_BLOCKS[kind(level)] for level in range(levels)),
+            up_block_types=tuple(UP_BLOCKS[kind(level)] for level in reversed(range(levels))),
+            layers_per_block=model.num_res_blocks,
+            attention_head_dim=model.head_channels,
+            norm_num_groups=model.norm_groups,
+            attn_norm_num_groups=model.norm_groups if model.scale_shift else None,
+            norm_eps=model.norm_eps,
+            dropout=model.dropout,
+            downsample_type="resnet" if residual else "conv",
+            upsample_type="resnet" if residual else "conv",
+            resnet_time_scale_shift="scale_shift" if model.scale_shift else "default",
+            num_class_embeds=None if model.num_classes is None else model.num_classes + 1,
+        )
+
+    @property
+    def levels(self) -> int:
+        """Resolutions, the full one included."""
+        return len(self.block_out_channels)
+
+    @property
+    def time_embed_dim(self) -> int:
+        return 4 * self.block_out_channels[0]
+
+    @property
+    def mid_norm_groups(self) -> int | None:
+        """Groups of the middle attention's normalisation, or none for no normalisation."""
+        if self.attn_norm_num_groups is None and self.resnet_time_scale_shift == "default":
+            return self.norm_num_groups
+        return self.attn_norm_num_groups
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """`unet/config.json`, with every setting spelled out so that no default of a reader matters."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        own = {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
+        return {"_class_name": "UNet2DModel", **_FIXED, "num_train_timesteps": None, **own}
+
+    @classmethod
+    def from_diffusers(cls, config: dict[str, Any], source: str) -> "UNetConfig":
+        """Reads `unet/config.json`; raises SnapshotError naming what is missing or what this network can't do."""
+        missing = [name for name in _REQUIRED if name not in config]
+        if missing:
+            raise SnapshotError(
+                f"{source}: no {', '.join(missing)}. The weights fit whatever it says, but the network would compute "
+                f"something else, so it isn't guessed: add the value that the weights were trained with"
+            )
+        for name, supported in _FIXED.items():
+            value = config.get(name, supported)
+            if value != supported and not (name == "act_fn" and value == "swish"):
+                raise SnapshotError(f"{source}: {name} is {value!r}; this network knows {supported!r} only")
+        if config.get("time_embedding_dim") not in (None, 4 * config["block_out_channels"][0]):
+            raise SnapshotError(f"{source}: time_embedding_dim is {config['time_embedding_dim']!r}; known is null only")
+        known = {field.name for field in fields(cls)}
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
+        try:
+            return cls(**given).checked()
+        except (TypeError, ValueError) as error:
+            raise SnapshotError(f"{source}: {error}") from None
+
+    def checked(self) -> "UNetConfig":
+        """Itself; ValueError naming the first setting that can't be."""
+        if not len(self.block_out_channels) == len(self.down_block_types) == len(self.up_block_types):
+            raise ValueError(
+                f"block_out_channels {self.block_out_channels}, down_block_types {self.down_block_types} and "
+                f"up_block_types {self.up_block_types} differ in length"
+            )
+        for name, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
+            for value in getattr(self, name):
+                if value not in known.values():
+                    raise ValueError(f"{name}: {value!r} is not among {', '.join(known.values())}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; known are {', '.join(map(repr, choices))}")
+        for channels in self.block_out_channels:
+            for name in ("norm_num_groups", "attention_head_dim"):
+                divisor = getattr(self, name)
+                if divisor and channels % divisor:
+                    raise ValueError(f"{name}: {divisor} doesn't divide {channels} of block_out_channels")
+        return self
+
+
+_FIXED: dict[str, Any] = {
+    "act_fn": "silu",
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2D",
+    "time_embedding_type": "positional",
+}
+"""Settings of UNet2DModel of which this network knows one value."""
+
+_REQUIRED = (
+    "sample_size", "in_channels", "out_channels", "block_out_channels", "down_block_types", "up_block_types",
+    "layers_per_block", "attention_head_dim", "norm_num_groups", "norm_eps", "downsample_padding",
+    "flip_sin_to_cos", "freq_shift", "act_fn", "center_input_sample", "mid_block_scale_factor", "time_embedding_type",
+)  # fmt: skip
+"""Settings that a file must state. The others are younger than the first hosted files, whose behaviour is our
+default, or they show in the weights' names or shapes."""
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "downsample_padding": (0, 1),
+    "downsample_type": ("conv", "resnet"),
+    "upsample_type": ("conv", "resnet"),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
+}

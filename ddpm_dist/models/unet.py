@@ -1,0 +1,231 @@
+"""The paper's U-Net (Ho et al. 2020, appendix B; a PixelCNN++ backbone), and by configuration ADM's variants.
+
+Parameter names follow diffusers' `UNet2DModel`, so its weights load unchanged and ours load there.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ddpm_dist import rng
+from ddpm_dist.config import ModelConfig
+from ddpm_dist.errors import ConfigError
+from ddpm_dist.models.config import UNetConfig as UNetConfig
+from ddpm_dist.models.layers import Attention, Downsample, ResnetBlock, TimestepEmbedding, Upsample, timestep_embedding
+
+VANISHING_GAIN = 1e-5
+"""Xavier gain of the last layer of each residual branch: the code's variance scale 1e-10."""
+
+
+class UNet(nn.Module):
+    """network(x [B, C, H, W], t [B], labels [B] or None) -> [B, out_channels, H, W] in the parameters' dtype.
+
+    t is the diffusion time, int64 or float, 0-based. labels (int64) are needed with `num_class_embeds`, and
+    refused without. Height and width must be multiples of 2^(levels - 1).
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config.checked()
+        self.checkpoint_levels: frozenset[int] = frozenset()
+        channels = config.block_out_channels
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(channels[0], config.time_embed_dim)
+        self.class_embedding = (
+            None if config.num_class_embeds is None else nn.Embedding(config.num_class_embeds, config.time_embed_dim)
+        )
+        self.down_blocks = nn.ModuleList(_down_level(config, level) for level in range(config.levels))
+        self.mid_block = _MidBlock(config)
+        self.up_blocks = nn.ModuleList(_up_level(config, level) for level in reversed(range(config.levels)))
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        if (labels is None) != (self.class_embedding is None):
+            raise ValueError(
+                "labels: this network is unconditional" if labels is not None else
+                "labels: this network is class-conditional; give a class, or the null class, for each image"
+            )  # fmt: skip
+        dtype, config = self.conv_in.weight.dtype, self.config
+        sinusoids = timestep_embedding(t, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift)
+        temb = self.time_embedding(sinusoids.to(dtype))
+        if self.class_embedding is not None:
+            temb = temb + self.class_embedding(labels)
+
+        h = self.conv_in(x.to(dtype))
+        skips = [h]
+        for level, down in enumerate(self.down_blocks):
+            h = down(h, temb, skips, level in self.checkpoint_levels)
+        h = self.mid_block(h, temb, config.levels - 1 in self.checkpoint_levels)
+        for level, up in zip(reversed(range(config.levels)), self.up_blocks, strict=True):
+            h = up(h, temb, skips, level in self.checkpoint_levels)
+        return self.conv_out(nn.functional.silu(self.conv_norm_out(h)))
+
+    def initialize(self, seed: int) -> "UNet":
+        """Draws all weights anew from the seed, the paper's code's way; returns itself.
+
+        Xavier uniform, biases 0; the second convolution of a block, the attention's output and the last
+        convolution almost vanish, so that every residual branch starts as the identity. The class embedding,
+        which the paper hasn't, is standard normal (ADM).
+        """
+        generator = torch.Generator().manual_seed(rng.fold(seed, rng.Purpose.INIT))
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if "norm" in name:
+                    parameter.fill_(float(name.endswith("weight")))
+                elif name.endswith("bias"):
+                    parameter.zero_()
+                elif name.startswith("class_embedding"):
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator))
+                else:
+                    vanishing = name.endswith(("conv2.weight", "to_out.0.weight")) or name == "conv_out.weight"
+                    receptive = math.prod(parameter.shape[2:])
+                    fans = (parameter.shape[0] + parameter.shape[1]) * receptive
+                    bound = (VANISHING_GAIN if vanishing else 1.0) * math.sqrt(6.0 / fans)
+                    parameter.copy_((2 * torch.rand(parameter.shape, generator=generator) - 1) * bound)
+        return self
+
+
+class _Level(nn.Module):
+    """Residual blocks of one resolution, each followed by attention where there is any."""
+
+    resnets: nn.ModuleList
+    attentions: nn.ModuleList | None
+
+    def block(self, j: int, temb: Tensor, recompute: bool, *inputs: Tensor) -> Tensor:
+        """Block j with its attention, on the concatenation of the inputs."""
+
+        def compute(temb: Tensor, *inputs: Tensor) -> Tensor:
+            h = self.resnets[j](torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0], temb)
+            return cast(Tensor, h if self.attentions is None else self.attentions[j](h))
+
+        if recompute and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(compute, temb, *inputs, use_reentrant=False))
+        return compute(temb, *inputs)
+
+
+class _DownLevel(_Level):
+    def __init__(
+        self, resnets: Iterable[nn.Module], attentions: Iterable[nn.Module] | None, downsampler: nn.Module | None
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = None if attentions is None else nn.ModuleList(attentions)
+        self.downsamplers = None if downsampler is None else nn.ModuleList([downsampler])
+
+    def forward(self, h: Tensor, temb: Tensor, skips: list[Tensor], recompute: bool) -> Tensor:
+        """Appends each block's output, and the downsampled one, to `skips`."""
+        for j in range(len(self.resnets)):
+            h = self.block(j, temb, recompute, h)
+            skips.append(h)
+        if self.downsamplers is not None:
+            h = self.downsamplers[0](h, temb)
+            skips.append(h)
+        return h
+
+
+class _MidBlock(nn.Module):
+    """Block → attention → block at the lowest resolution."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        channels = config.block_out_channels[-1]
+        self.resnets = nn.ModuleList(_resnet(config, channels, channels) for _ in range(2))
+        self.attentions = (
+            nn.ModuleList([_attention(config, channels, config.mid_norm_groups)]) if config.add_attention else None
+        )
+
+    def forward(self, h: Tensor, temb: Tensor, recompute: bool) -> Tensor:
+        def compute(h: Tensor, temb: Tensor) -> Tensor:
+            h = self.resnets[0](h, temb)
+            if self.attentions is not None:
+                h = self.attentions[0](h)
+            return cast(Tensor, self.resnets[1](h, temb))
+
+        if recompute and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(compute, h, temb, use_reentrant=False))
+        return compute(h, temb)
+
+
+class _UpLevel(_Level):
+    def __init__(
+        self, resnets: Iterable[nn.Module], attentions: Iterable[nn.Module] | None, upsampler: nn.Module | None
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = None if attentions is None else nn.ModuleList(attentions)
+        self.upsamplers = None if upsampler is None else nn.ModuleList([upsampler])
+
+    def forward(self, h: Tensor, temb: Tensor, skips: list[Tensor], recompute: bool) -> Tensor:
+        """Takes one of `skips` for each block, the last first."""
+        for j in range(len(self.resnets)):
+            h = self.block(j, temb, recompute, h, skips.pop())
+        return h if self.upsamplers is None else cast(Tensor, self.upsamplers[0](h, temb))
+
+
+def _resnet(config: UNetConfig, in_channels: int, out_channels: int, resample: str | None = None) -> ResnetBlock:
+    return ResnetBlock(
+        in_channels,
+        out_channels,
+        config.time_embed_dim,
+        config.norm_num_groups,
+        config.norm_eps,
+        config.dropout,
+        config.resnet_time_scale_shift == "scale_shift",
+        resample,
+    )
+
+
+def _attention(config: UNetConfig, channels: int, groups: int | None) -> Attention:
+    return Attention(channels, config.attention_head_dim or channels, groups, config.norm_eps)
+
+
+def _down_level(config: UNetConfig, level: int) -> _DownLevel:
+    kind, channels = config.down_block_types[level], config.block_out_channels
+    inputs, out = channels[max(level - 1, 0)], channels[level]
+    resnets = [_resnet(config, inputs if j == 0 else out, out) for j in range(config.layers_per_block)]
+    downsampler: nn.Module | None = None
+    if level < config.levels - 1:
+        residual = kind == "ResnetDownsampleBlock2D" or (kind == "AttnDownBlock2D" and config.downsample_type != "conv")
+        downsampler = _resnet(config, out, out, "down") if residual else Downsample(out, config.downsample_padding)
+    return _DownLevel(resnets, _attentions(config, kind, out, len(resnets)), downsampler)
+
+
+def _up_level(config: UNetConfig, level: int) -> _UpLevel:
+    """The blocks on the way up take, besides h, the skips of this level: its blocks', and what came into it."""
+    kind, channels = config.up_block_types[config.levels - 1 - level], config.block_out_channels
+    below, out, above = channels[min(level + 1, config.levels - 1)], channels[level], channels[max(level - 1, 0)]
+    last = config.layers_per_block
+    resnets = [
+        _resnet(config, (below if j == 0 else out) + (above if j == last else out), out) for j in range(last + 1)
+    ]
+    upsampler: nn.Module | None = None
+    if level > 0:
+        residual = kind == "ResnetUpsampleBlock2D" or (kind == "AttnUpBlock2D" and config.upsample_type != "conv")
+        upsampler = _resnet(config, out, out, "up") if residual else Upsample(out)
+    return _UpLevel(resnets, _attentions(config, kind, out, len(resnets)), upsampler)
+
+
+def _attentions(config: UNetConfig, kind: str, channels: int, count: int) -> list[Attention] | None:
+    if not kind.startswith("Attn"):
+        return None
+    return [_attention(config, channels, config.norm_num_groups) for _ in range(count)]
+
+
+def prepare(unet: UNet, model: ModelConfig) -> Callable[..., Tensor]:
+    """Applies what changes how the network runs, but not what it computes; returns what to call in its place.
+
+    Activation checkpointing by level and channels_last are set on the network itself (idempotent);
+    with `model.compile` the returned callable is its compiled forward, otherwise it is the network.
+    """
+    beyond = [level for level in model.checkpoint_levels if level >= unet.config.levels]
+    if beyond:
+        raise ConfigError(f"model.checkpoint_levels: {beyond[0]} is not among the levels 0..{unet.config.levels - 1}")
+    unet.checkpoint_levels = frozenset(model.checkpoint_levels)
+    layout = torch.channels_last if model.channels_last else torch.contiguous_format
+    unet.to(memory_format=layout)  # type: ignore[call-overload]
+    return cast(Callable[..., Tensor], torch.compile(unet)) if model.compile else unet
