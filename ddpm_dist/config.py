@@ -202,6 +202,8 @@ class LoggingConfig(Section):
     every_steps: Free[Positive] = 50
     grid_images: Free[Count] = 16
     """Images of the EMA sample grid written to TensorBoard with each snapshot; 0: none."""
+    grid_steps: Free[Positive] = 50
+    """Network evaluations for such a grid, by deterministic DDIM."""
     profile_steps: Free[tuple[Count, Count] | None] = None
     """First and last step of a torch profiler trace."""
 
@@ -233,6 +235,11 @@ class Config(Section):
         """Canonical streams S."""
         batch = self.train.global_batch
         return self.data.streams or max(s for s in range(1, min(batch, 32) + 1) if batch % s == 0)
+
+    @property
+    def threads(self) -> int:
+        """Threads of torch in a worker."""
+        return max(1, int(self.cluster.cpus_per_worker))
 
     @property
     def worker_range(self) -> tuple[int, int]:

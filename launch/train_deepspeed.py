@@ -6,8 +6,7 @@ Also alone, as `python launch/train_deepspeed.py --config FILE …`: one process
 from collections.abc import Sequence
 
 from ddpm_dist import cli
-from ddpm_dist.distributed.world import init_world
-from ddpm_dist.training.loop import deepspeed_worker, report_end
+from ddpm_dist.training.entry import deepspeed_worker, report_end
 
 
 def main(argv: Sequence[str] | None) -> None:
@@ -15,9 +14,8 @@ def main(argv: Sequence[str] | None) -> None:
     parser = cli.config_parser("Train a DDPM under DeepSpeed's launcher.")
     parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher; LOCAL_RANK is used")
     cfg = cli.config_from(parser.parse_args(argv))
-    world = init_world(cfg)
-    deepspeed_worker(cfg, world)
-    if world.rank == 0:
+    world = deepspeed_worker(cfg)
+    if world.is_first:
         report_end(cfg)
 
 

@@ -10,6 +10,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -18,6 +19,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
+from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from ddpm_dist.config import Config
@@ -27,6 +30,8 @@ from ddpm_dist.recipe import dump_config
 MAY_PASS = (HangError, UnreachableError, ShortReadError)
 """Errors of ours that another attempt may not meet; all other errors of ours stop the run."""
 
+RESIZE_CHECK_S = 10.0
+"""How often an elastic run looks for more room."""
 
 
 def connect() -> None:
@@ -44,9 +49,10 @@ def connect() -> None:
         ) from None
 
 
-def train_on_ray(cfg: Config, worker: Callable[[dict[str, Any]], None]) -> None:
+def train_on_ray(cfg: Config, worker: Callable[[dict[str, Any]], None], newest_state: Callable[[], int | None]) -> None:
     """Runs `worker({"config": YAML})` in each worker process until it returns in all of them.
 
+    newest_state: step of the newest published training state; an elastic run grows only after a new one.
     Raises ClusterError if the resources don't come, and the worker's own DdpmDistError if it stopped the run.
     """
     connect()
@@ -54,12 +60,14 @@ def train_on_ray(cfg: Config, worker: Callable[[dict[str, Any]], None]) -> None:
     await_resources(low, _resources(cfg), cfg.cluster.wait_seconds)
     trainer = _Trainer(
         worker,
+        elastic=_Elastic(admissible_sizes(cfg), newest_state) if low < high else None,
         train_loop_config={"config": dump_config(cfg)},
         torch_config=TorchConfig(backend="nccl" if cfg.cluster.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=low if low == high else (low, high),
             use_gpu=cfg.cluster.gpus_per_worker > 0,
             resources_per_worker=_resources(cfg),
+            elastic_resize_monitor_interval_s=RESIZE_CHECK_S,
         ),
         run_config=RunConfig(
             # Ray Train resumes whatever it finds under the same name; ours must not, so both are new.
@@ -93,11 +101,29 @@ def await_resources(workers: int, each: dict[str, float], patience_s: float) -> 
         time.sleep(1.0)
 
 
+def admissible_sizes(cfg: Config) -> list[int]:
+    """Numbers of workers that divide the global batch, within cluster.workers (contract 1)."""
+    low, high = cfg.worker_range
+    return [size for size in range(low, high + 1) if cfg.train.global_batch % size == 0]
+
+
+@dataclass(frozen=True)
+class _Elastic:
+    admissible: list[int]
+    newest_state: Callable[[], int | None]
+
+
 class _Trainer(TorchTrainer):
-    """TorchTrainer whose controller stops at errors that another attempt would meet again."""
+    """TorchTrainer with policies of ours for failures and sizes."""
+
+    def __init__(self, worker: Callable[[dict[str, Any]], None], elastic: _Elastic | None, **arguments: Any) -> None:
+        super().__init__(worker, **arguments)
+        self._elastic = elastic
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         arguments["failure_policy"] = _StopOnWrong(self.run_config.failure_config)
+        if self._elastic is not None:
+            arguments["scaling_policy"] = _AdmissibleSizes(self.scaling_config, self._elastic)
         return super()._initialize_and_run_controller(**arguments)
 
 
@@ -107,6 +133,37 @@ class _StopOnWrong(DefaultFailurePolicy):
         if own is not None and not isinstance(own, MAY_PASS):
             return FailureDecision.RAISE
         return super().make_decision(training_failed_error)
+
+
+class _AdmissibleSizes(ElasticScalingPolicy):
+    """Ray's elastic policy, but it takes sizes that divide the global batch only, and grows without loss.
+
+    Growing restarts the workers, which costs the steps since the last state; so after more room is seen,
+    the next state is awaited. Shrinking happens because workers are gone; it can't wait.
+    """
+
+    def __init__(self, scaling_config: ScalingConfig, elastic: _Elastic) -> None:
+        super().__init__(scaling_config)
+        self._elastic = elastic
+        self._state_when_room_was_seen: int | None = None
+        self._room_seen = False
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        possible = super()._count_possible_workers(reserved_resources)
+        return max((size for size in self._elastic.admissible if size <= possible), default=0)
+
+    def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
+        decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
+        if not isinstance(decision, ResizeDecision) or decision.num_workers <= worker_group_state.num_workers:
+            return decision
+        newest = self._elastic.newest_state()
+        if not self._room_seen:
+            self._room_seen, self._state_when_room_was_seen = True, newest
+            return NoopDecision()
+        if newest == self._state_when_room_was_seen:
+            return NoopDecision()
+        self._room_seen = False
+        return decision
 
 
 def _own_error(error: TrainingFailedError) -> DdpmDistError | None:
@@ -134,8 +191,7 @@ def _resources(cfg: Config) -> dict[str, float]:
 
 def _worker_environment(cfg: Config) -> dict[str, str]:
     """Settings that must stand before torch is imported; never a secret, since a job's details show them."""
-    threads = str(max(1, int(cfg.cluster.cpus_per_worker)))
-    environment = {"OMP_NUM_THREADS": threads, "RAY_CHDIR_TO_TRIAL_DIR": "0"}
+    environment = {"OMP_NUM_THREADS": str(cfg.threads), "RAY_CHDIR_TO_TRIAL_DIR": "0"}
     if not cfg.cluster.gpus_per_worker:
         environment["DS_ACCELERATOR"] = "cpu"
     return environment

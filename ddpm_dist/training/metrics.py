@@ -1,6 +1,7 @@
 """What a run shows: time by phase, goodput over all attempts, TensorBoard event files, progress lines."""
 
 import logging
+import resource
 import shutil
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from ddpm_dist import storage
 from ddpm_dist.errors import StorageError
+from ddpm_dist.training.control import QUARTILES, Shared
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +88,31 @@ class Goodput:
         spent = {name.removesuffix("_s"): value for name, value in asdict(self).items() if name.endswith("_s")}
         shares = {name: value / wall_s for name, value in spent.items()}
         return {"goodput": shares.pop("productive"), **shares}
+
+
+class Window:
+    """Means over the steps since the last log line, from what all ranks told one another."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+        self._heard: list[Shared] = []
+
+    def add(self, shared: Shared) -> None:
+        self._heard.append(shared)
+
+    def take(self, step: int) -> tuple[int, dict[str, float]]:
+        """(steps since the last call, means by tag); what is heard one step late counts in the next window."""
+        heard, steps = self._heard, step - self._step
+        self._heard, self._step = [], step
+        means: dict[str, float] = {}
+        if heard:
+            means["loss/mean"] = sum(h.loss_sum for h in heard) / sum(h.images for h in heard)
+            means["data/bad_samples"] = heard[-1].bad_samples
+        for q in range(QUARTILES):
+            images = sum(h.quartile_images[q] for h in heard)
+            if images:
+                means[f"loss/t_quartile_{q + 1}"] = sum(h.quartile_loss_sum[q] for h in heard) / images
+        return steps, means
 
 
 class EventLog:
@@ -179,6 +206,14 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def memory_gib() -> dict[str, float]:
+    """Peak memory of this rank's process and, on CUDA, of its device, in GiB."""
+    peak = {"memory/host_GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    if torch.cuda.is_available():
+        peak["memory/device_GiB"] = torch.cuda.max_memory_allocated() / 2**30
+    return peak
 
 
 def image_grid(images: Tensor, columns: int | None = None) -> Tensor:

@@ -1,13 +1,13 @@
 """A run's folder: who may use it, with which configuration, and what it says when the run ends.
 
-    run.url/
-      config.yaml     the resolved configuration
-      lease.json      who trains here now, renewed every few seconds
-      stop            created by anybody: the run saves and leaves
-      summary.json    what the last attempt ended with
-      checkpoints/    training states (distributed/checkpoint.py)
-      snapshots/      EMA weights as diffusers folders, one per step (snapshot.py)
-      tensorboard/    samples/    evaluation/    failures/
+run.url/
+  config.yaml     the resolved configuration
+  lease.json      who trains here now, renewed every few seconds
+  stop            created by anybody: the run saves and leaves
+  summary.json    what the last attempt ended with
+  checkpoints/    training states (distributed/checkpoint.py)
+  snapshots/      EMA weights as diffusers folders, one per step (snapshot.py)
+  tensorboard/    samples/    evaluation/    failures/
 """
 
 import json
@@ -150,9 +150,20 @@ def snapshot_url(run_url: str, step: int) -> str:
     return storage.join(run_url, "snapshots", f"{step:09d}")
 
 
-def last_heartbeat(run_url: str) -> dict[str, Any] | None:
-    """The newest lease, for the account of lost time."""
-    return _read_lease(run_url)
+def newest_snapshot(run_url: str) -> str | None:
+    """URL of the snapshot with the highest step; None if there is none yet."""
+    steps = [name for name in storage.list_names(storage.join(run_url, "snapshots")) if name.isdigit()]
+    for name in sorted(steps, reverse=True):
+        url = storage.join(run_url, "snapshots", name)
+        if storage.exists(storage.join(url, "model_index.json")):
+            return url
+    return None
+
+
+def last_sign_of_life(run_url: str) -> float | None:
+    """Unix time of the newest lease, for the account of lost time; None in a new run."""
+    lease = _read_lease(run_url)
+    return lease["time"] if lease else None
 
 
 def _read_lease(run_url: str) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from ddpm_dist.diffusion.losses import LossHistory, draw_t, training_losses
 from ddpm_dist.distributed.engine import Engine, StepReport
 from ddpm_dist.distributed.world import World
 from ddpm_dist.rng import Purpose
+from ddpm_dist.training.metrics import PhaseClock
 from ddpm_dist.training.optim import lr_at
 
 
@@ -54,6 +55,7 @@ def training_step(
     cfg: Config,
     world: World,
     plan: BatchPlan,
+    clock: PhaseClock,
     history: LossHistory | None = None,
 ) -> StepResult:
     """Algorithm 1 of Ho et al. 2020 for step `step`, from 0.
@@ -61,6 +63,24 @@ def training_step(
     images: [B/W, C, H, W] uint8, the places [rB/W, (r+1)B/W) of the global batch. labels: [B/W] int64 or None.
     t and eps of the image at place p depend on (seed, step, p) alone, not on the number of ranks.
     """
+    with clock.phase("forward_backward"):
+        t, losses = _forward_backward(engine, diffusion, images, labels, step, cfg, world, plan, history)
+    with clock.phase("step"):
+        report = engine.step(lr_at(cfg.train, step))
+    return StepResult(t, losses, report)
+
+
+def _forward_backward(
+    engine: Engine,
+    diffusion: GaussianDiffusion,
+    images: Tensor,
+    labels: Tensor | None,
+    step: int,
+    cfg: Config,
+    world: World,
+    plan: BatchPlan,
+    history: LossHistory | None,
+) -> tuple[Tensor, Tensor]:
     seed, batch = cfg.run.seed, cfg.train.global_batch
     places = torch.arange(world.rank * plan.share, (world.rank + 1) * plan.share, device=world.device)
     image_numbers = places + step * batch
@@ -78,8 +98,7 @@ def training_step(
         found = training_losses(diffusion, engine, x_start[part], t[part], eps[part], y, cfg.diffusion)
         engine.backward((weight[part] * found.loss).mean())
         losses.append(found.loss.detach())
-    report = engine.step(lr_at(cfg.train, step))
-    return StepResult(t, torch.cat(losses), report)
+    return t, torch.cat(losses)
 
 
 def to_model_range(images: Tensor) -> Tensor:

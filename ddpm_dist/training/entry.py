@@ -1,0 +1,75 @@
+"""What the launch scripts call: checks before any worker starts, and a worker under either launcher."""
+
+import logging
+from typing import Any
+
+from ddpm_dist import cli
+from ddpm_dist.config import Config
+from ddpm_dist.data.loader import Loader
+from ddpm_dist.distributed import checkpoint
+from ddpm_dist.distributed.world import World, broadcast_object, init_world
+from ddpm_dist.errors import DdpmDistError
+from ddpm_dist.recipe import parse_config
+from ddpm_dist.training import run_folder
+from ddpm_dist.training.loop import Training
+
+log = logging.getLogger(__name__)
+
+
+def finished(cfg: Config, token: str) -> bool:
+    """Checks configuration, run folder, owner and data, so that a mistake shows before a worker starts.
+
+    Returns whether the run has nothing left to do. token: names this job (run_folder.new_token).
+    """
+    run_folder.prepare(cfg)
+    run_folder.take_over(cfg.run.url, token)
+    Loader(cfg, rank=0, world=cfg.worker_range[0]).close()
+    step = checkpoint.latest_step(cfg.run.url)
+    return step is not None and step >= cfg.train.steps
+
+
+def ray_worker(arguments: dict[str, Any], token: str) -> None:
+    """One rank under Ray Train. arguments: {"config": resolved YAML}."""
+    cli.setup_logging()
+    cfg = parse_config(arguments["config"])
+    _train(cfg, init_world(threads=cfg.threads), token)
+
+
+def deepspeed_worker(cfg: Config) -> World:
+    """One rank under DeepSpeed's launcher, or alone; rank 0 makes the checks for all."""
+    world = init_world(threads=cfg.threads)
+    token, done, error = run_folder.new_token(), False, None
+    if world.is_first:
+        try:
+            done = finished(cfg, token)
+        except DdpmDistError as caught:
+            error = caught
+    token, done, failed = broadcast_object(world, (token, done, error is not None))
+    if error is not None:
+        raise error
+    if not done and not failed:
+        _train(cfg, world, token)
+    return world
+
+
+def report_end(cfg: Config) -> None:
+    """One line about how the run stands."""
+    summary = run_folder.read_summary(cfg.run.url)
+    if summary is None:
+        return
+    state = "finished" if summary["step"] >= cfg.train.steps else "stopped; the same command continues"
+    log.info(
+        "%s at step %d (%s images), %.0f images/s, %.1f%% of the time waiting for data; snapshot: %s",
+        state, summary["step"], f"{summary['images_seen']:,}", summary["images_per_second"],
+        100 * summary["data_wait_fraction"], summary["snapshot"],
+    )  # fmt: skip
+
+
+def _train(cfg: Config, world: World, token: str) -> None:
+    training = Training(cfg, world, token)
+    ended_well = False
+    try:
+        training.run()
+        ended_well = True
+    finally:
+        training.close(ended_well)

@@ -1,0 +1,60 @@
+"""Steps that were not applied, because a loss or a gradient wasn't finite: kept for the reader, and counted."""
+
+import json
+import logging
+
+import torch
+
+from ddpm_dist import storage
+from ddpm_dist.config import Config
+from ddpm_dist.data.loader import Batch
+from ddpm_dist.distributed.world import World
+from ddpm_dist.errors import NonFiniteError, StorageError
+from ddpm_dist.training.step import StepResult
+
+log = logging.getLogger(__name__)
+
+
+class SkippedSteps:
+    """Counts skipped steps in a row and publishes what each rank saw in them to `failures/`."""
+
+    def __init__(self, cfg: Config, world: World) -> None:
+        self._cfg, self._world = cfg, world
+        self.in_a_row = 0
+        self.total = 0
+
+    def see(self, step: int, batch: Batch, result: StepResult) -> None:
+        """Raises NonFiniteError after train.max_nonfinite_steps skipped steps in a row."""
+        if result.report.applied:
+            self.in_a_row = 0
+            return
+        if self._cfg.precision == "fp16" and bool(torch.isfinite(result.loss).all()):
+            return  # the loss scale was too high, and has been halved: part of fp16, not a failure
+        self.in_a_row += 1
+        self.total += 1
+        where = storage.join(self._cfg.run.url, "failures", f"step-{step:09d}-rank-{self._world.rank:05d}.json")
+        log.warning("step %d was not applied: the loss or the gradient is not finite; see %s", step, where)
+        try:
+            storage.publish(where, json.dumps(self._describe(step, batch, result), indent=1).encode())
+        except StorageError as error:
+            log.warning("it could not be written: %s", error)
+        if self.in_a_row >= self._cfg.train.max_nonfinite_steps:
+            raise NonFiniteError(
+                f"{self.in_a_row} steps in a row up to step {step} had a loss or gradient that isn't finite; their t, "
+                f"sample keys and losses are in {storage.join(self._cfg.run.url, 'failures')}; lower train.lr or "
+                "look at the data, then start again: the last state was saved before"
+            )
+
+    def _describe(self, step: int, batch: Batch, result: StepResult) -> dict[str, object]:
+        images = batch.images.float()
+        return {
+            "step": step,
+            "epoch": batch.epoch,
+            "grad_norm": repr(result.report.grad_norm),
+            "loss_scale": result.report.loss_scale,
+            "images": {"min": images.min().item(), "mean": images.mean().item(), "max": images.max().item()},
+            "samples": [
+                {"key": key, "t": t, "loss": repr(loss)}
+                for key, t, loss in zip(batch.keys, result.t.tolist(), result.loss.tolist(), strict=True)
+            ],
+        }

@@ -1,0 +1,209 @@
+"""The training loop: one for both launchers.
+
+An attempt claims the run's folder, resumes from the newest whole state, and steps until the last one. What
+happens at a step is a function of (configuration, step), so an attempt can end anywhere.
+"""
+
+import logging
+import time
+from dataclasses import asdict
+from typing import Any
+
+from ddpm_dist import snapshot, storage
+from ddpm_dist.config import Config
+from ddpm_dist.data.loader import Batch, Loader
+from ddpm_dist.diffusion.losses import LossHistory
+from ddpm_dist.distributed.checkpoint import StateStore
+from ddpm_dist.distributed.engine import Engine
+from ddpm_dist.distributed.world import World
+from ddpm_dist.recipe import dump_config
+from ddpm_dist.training import run_folder
+from ddpm_dist.training.control import Control
+from ddpm_dist.training.ema import Ema
+from ddpm_dist.training.failures import SkippedSteps
+from ddpm_dist.training.metrics import EventLog, Goodput, PhaseClock, Progress, Window, memory_gib
+from ddpm_dist.training.optim import lr_at
+from ddpm_dist.training.publish import SnapshotPublisher
+from ddpm_dist.training.step import BatchPlan, StepResult, training_step
+from ddpm_dist.training.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
+
+
+class Training:
+    """One attempt of one rank: everything that lives as long as its process."""
+
+    def __init__(self, cfg: Config, world: World, token: str) -> None:
+        self.cfg, self.world = cfg, world
+        self.plan = BatchPlan.of(cfg.train.global_batch, world.size, cfg.train.max_micro_batch)
+        self.watchdog = Watchdog(cfg.cluster.hang_seconds)
+        last_sign = run_folder.last_sign_of_life(cfg.run.url)
+        self.lease = run_folder.Lease(cfg.run.url, token) if world.rank == 0 else None
+        network, self.diffusion = snapshot.build(cfg)
+        self.engine = Engine(network, cfg, world, self.plan.micro_batch, self.plan.accumulation)
+        self.ema = Ema(self.engine.pieces(), cfg)
+        learns_t = cfg.diffusion.t_sampling == "loss_second_moment"
+        self.history = LossHistory(cfg.diffusion.timesteps) if learns_t else None
+        self.loader = Loader(cfg, world.rank, world.size)
+        self.store = StateStore(cfg, world)
+        self.goodput = Goodput()
+        self.control = Control(world)
+        self.skipped = SkippedSteps(cfg, world)
+        self.step = self._resume(last_sign)
+        """Optimizer steps done."""
+        self.first_step = self.step
+        self.events = EventLog(cfg.run.url, self.store.attempt, self.step) if world.rank == 0 else None
+        self.progress = Progress(self.step, cfg.train.steps, cfg.train.global_batch) if world.rank == 0 else None
+        self.publisher = SnapshotPublisher(cfg, world, self.events)
+        self.clock = PhaseClock()
+        self.window = Window(self.step)
+
+    def run(self) -> None:
+        """Steps until the last one, or until somebody asks to stop; the state is saved in both cases."""
+        cfg = self.cfg
+        if self.events is not None:
+            self.events.text("config", f"```yaml\n{dump_config(cfg)}```", self.step)
+        batches = self.loader.batches(self.step)
+        stopping = False
+        while self.step < cfg.train.steps and not stopping:
+            with self.clock.phase("data"):
+                batch = next(batches)
+            result = self._one_step(batch)
+            stopping = self._exchange(batch, result)
+            self.step += 1
+            self._publish(stopping)
+            if self.step % cfg.logging.every_steps == 0 or self.step == cfg.train.steps or stopping:
+                self._log(result)
+            self.watchdog.beat()
+        if stopping:
+            log.info("stopped at step %d, as asked; the same command continues", self.step)
+
+    def close(self, ended_well: bool) -> None:
+        """Waits for everything in the background; after an error, only ends it."""
+        self.watchdog.stop()
+        self.loader.close()
+        if ended_well:
+            self.publisher.close()
+            self.store.finish()
+            if self.world.rank == 0:
+                run_folder.write_summary(self.cfg.run.url, self._summary())
+        if self.progress is not None:
+            self.progress.close()
+        if self.events is not None:
+            self.events.close()
+        if self.lease is not None:
+            self.lease.release()
+
+    def _resume(self, last_sign_at: float | None) -> int:
+        """Loads the newest whole state, if there is one, and returns its step."""
+        start = time.perf_counter()
+        state = self.store.claim()
+        if state is None:
+            log.info("a new run begins at step 0: %s", self.cfg.run.url)
+            return 0
+        meta = self.store.load(state, self.engine, self.ema)
+        self.goodput = Goodput(**meta["goodput"])
+        self.goodput.resume(meta["saved_at"], last_sign_at)
+        if self.history is not None and meta["loss_history"] is not None:
+            self.history.load_state_dict(meta["loss_history"])
+        step = int(meta["step"])
+        log.info(
+            "continuing at step %d (%s images, epoch %d) as attempt %d; the state was read in %.1f s",
+            step, f"{step * self.cfg.train.global_batch:,}", self.loader.epoch(step), self.store.attempt,
+            time.perf_counter() - start,
+        )  # fmt: skip
+        return step
+
+    def _one_step(self, batch: Batch) -> StepResult:
+        result = training_step(
+            self.engine, self.diffusion, batch.images, batch.labels, self.step, self.cfg, self.world, self.plan,
+            self.clock, self.history,
+        )  # fmt: skip
+        self.skipped.see(self.step, batch, result)
+        if result.report.applied:
+            with self.clock.phase("ema"):
+                self.ema.update(self.step, self.cfg.train.global_batch)
+        if self.history is not None:
+            self.history.update_from_all_ranks(result.t, result.loss)
+        return result
+
+    def _exchange(self, batch: Batch, result: StepResult) -> bool:
+        """Hears of the last step, tells of this one; whether all ranks are to stop now."""
+        heard = self.control.hear()
+        wants_stop = self.lease is not None and self.lease.stop_requested
+        self.control.tell(result.loss, result.t, self.cfg.diffusion.timesteps, wants_stop, sum(batch.bad.values()))
+        if heard is not None:
+            self.window.add(heard)
+        if self.lease is not None:
+            self.lease.step = self.step
+        return heard is not None and heard.stop
+
+    def _publish(self, stopping: bool) -> None:
+        """Snapshot and state, where they are due."""
+        cfg, step = self.cfg, self.step
+        last = step == cfg.train.steps
+        if step % cfg.checkpoint.snapshot_every_steps == 0 or last:
+            with self.clock.phase("snapshot"):
+                self.publisher.publish(self.ema, step)
+        if step % cfg.checkpoint.every_steps == 0 or last or stopping:
+            with self.clock.phase("checkpoint"):
+                self.store.save(step, self.engine, self.ema, self._meta())
+
+    def _meta(self) -> dict[str, Any]:
+        """What the state holds beside tensors; never a generator's state (contract 2)."""
+        return {
+            "step": self.step,
+            "images_seen": self.step * self.cfg.train.global_batch,
+            "epoch": self.loader.epoch(self.step),
+            "data": self.loader.content_id,
+            "goodput": asdict(self.goodput),
+            "loss_history": self.history.state_dict() if self.history is not None else None,
+            "skipped_steps": self.skipped.total,
+        }
+
+    def _log(self, result: StepResult) -> None:
+        """Scalars and a progress line over the steps since the last ones."""
+        phases = self.clock.take()
+        self.goodput.add(phases)
+        steps, means = self.window.take(self.step)
+        seconds = sum(phases.values())
+        images_per_second = steps * self.cfg.train.global_batch / seconds
+        if self.events is None or self.progress is None:
+            return
+        self.events.scalars(
+            {
+                **means,
+                "optimisation/lr": lr_at(self.cfg.train, self.step - 1),
+                "optimisation/grad_norm": result.report.grad_norm,
+                "optimisation/loss_scale": result.report.loss_scale,
+                "optimisation/skipped_steps": self.skipped.total,
+                "speed/images_per_second": images_per_second,
+                "speed/data_wait_fraction": phases["data"] / seconds,
+                **{f"seconds_per_step/{name}": value / steps for name, value in phases.items()},
+                **{f"goodput/{name}": share for name, share in self.goodput.shares().items()},
+                "progress/images_seen": self.step * self.cfg.train.global_batch,
+                "progress/epoch": self.loader.epoch(self.step),
+                **memory_gib(),
+            },
+            self.step,
+        )
+        self.progress.show(self.step, means.get("loss/mean", float("nan")), images_per_second, phases["data"] / seconds)
+
+    def _summary(self) -> dict[str, Any]:
+        """What run.url/summary.json says about the run as a whole."""
+        cfg, spent = self.cfg, self.goodput
+        training_s = spent.productive_s + spent.data_wait_s + spent.checkpoint_s + spent.snapshot_s
+        images = self.step * cfg.train.global_batch
+        return {
+            "step": self.step,
+            "steps": cfg.train.steps,
+            "images_seen": images,
+            "images_per_second": images / training_s if training_s else 0.0,
+            "data_wait_fraction": spent.data_wait_s / training_s if training_s else 0.0,
+            "goodput": spent.shares(),
+            "restarts": spent.restarts,
+            "skipped_steps": self.skipped.total,
+            "workers": self.world.size,
+            "tensorboard": storage.join(cfg.run.url, "tensorboard"),
+            "snapshot": run_folder.newest_snapshot(cfg.run.url),
+        }

@@ -1,0 +1,95 @@
+"""Snapshots while training: EMA weights to the run's folder in the background, and a grid of samples.
+
+The ranks gather the weights and share the sampling of the grid; then training goes on while rank 0 uploads.
+"""
+
+import logging
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ddpm_dist import snapshot
+from ddpm_dist.config import Config
+from ddpm_dist.diffusion.samplers import sample
+from ddpm_dist.distributed.world import World
+from ddpm_dist.recipe import dump_config
+from ddpm_dist.training import run_folder
+from ddpm_dist.training.ema import Ema
+from ddpm_dist.training.metrics import EventLog, image_grid
+
+log = logging.getLogger(__name__)
+
+
+class SnapshotPublisher:
+    """Publishes one snapshot at a time; errors of the background upload are raised at the next call."""
+
+    def __init__(self, cfg: Config, world: World, events: EventLog | None) -> None:
+        self._cfg, self._world, self._events = cfg, world, events
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="snapshot")
+        self._pending: Future[None] | None = None
+
+    def publish(self, ema: Ema, step: int) -> None:
+        """step: optimizer steps done. All ranks call it; it returns when the weights are copied."""
+        self.wait()
+        network, diffusion = snapshot.build(self._cfg)
+        weights = ema.gather(self._world)
+        network.load_state_dict(weights)
+        network.eval()
+        if self._cfg.logging.grid_images:
+            images = self._sample_grid(network.to(self._world.device), diffusion)
+            if self._events is not None:
+                self._events.image("samples/ema", image_grid(images), step)
+        if self._world.rank == 0:
+            self._pending = self._pool.submit(self._upload, weights, network.config, diffusion, step)
+
+    def wait(self) -> None:
+        """Until the last snapshot is whole; raises what its upload raised."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def close(self) -> None:
+        self.wait()
+        self._pool.shutdown()
+
+    def _upload(self, weights: dict[str, Tensor], config: object, diffusion: object, step: int) -> None:
+        cfg = self._cfg
+        info = {
+            "kind": "ema",
+            "step": step,
+            "images_seen": step * cfg.train.global_batch,
+            "config": dump_config(cfg),
+        }
+        url = run_folder.snapshot_url(cfg.run.url, step)
+        snapshot.save_snapshot(url, weights, config, diffusion, info)
+        log.info("snapshot of step %d: %s", step, url)
+
+    @torch.no_grad()
+    def _sample_grid(self, network: torch.nn.Module, diffusion: object) -> Tensor:
+        """[grid_images, C, H, W] uint8 on all ranks; image i has the noise of index i."""
+        cfg, world = self._cfg, self._world
+        each = -(-cfg.logging.grid_images // world.size)
+        indices = torch.arange(world.rank * each, (world.rank + 1) * each)
+        labels = indices % cfg.model.num_classes if cfg.model.num_classes else None
+        settings = cfg.sampling.model_copy(
+            update={"sampler": "ddim", "steps": min(cfg.logging.grid_steps, cfg.diffusion.timesteps), "eta": None}
+        )
+        images = sample(
+            network,
+            diffusion,
+            settings,
+            seed=cfg.run.seed,
+            indices=indices,
+            shape=(cfg.data.channels, cfg.data.image_size, cfg.data.image_size),
+            labels=labels,
+            null_label=cfg.model.num_classes,
+            device=world.device,
+        )
+        images = ((images + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        if world.size > 1:
+            parts = [torch.empty_like(images) for _ in range(world.size)]
+            dist.all_gather(parts, images)
+            images = torch.cat(parts)
+        return images[: cfg.logging.grid_images].cpu()
