@@ -10,9 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ddpm_dist.diffusion.losses import QUARTILES, quartile_means
 from ddpm_dist.distributed.world import World
-
-QUARTILES = 4
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,8 @@ class Control:
 
     def tell(self, loss: Tensor, t: Tensor, timesteps: int, stop: bool, bad_samples: int) -> None:
         """Starts the reduction of this step. loss, t: [B/W] on any device."""
-        loss, t = loss.detach().double().cpu(), t.cpu()
-        quartile = torch.clamp(t * QUARTILES // timesteps, max=QUARTILES - 1)
-        sums = torch.zeros(QUARTILES, dtype=torch.float64).index_add_(0, quartile, loss)
-        counts = torch.bincount(quartile, minlength=QUARTILES).double()
+        loss = loss.detach().double().cpu()
+        sums, counts = quartile_means(t.cpu(), loss, timesteps)
         head = torch.tensor([loss.sum(), loss.numel(), stop, bad_samples], dtype=torch.float64)
         self._values = torch.cat((head, sums, counts))
         if self._world.size > 1:

@@ -9,13 +9,15 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from ddpm_dist import snapshot, storage
 from ddpm_dist.config import Config
 from ddpm_dist.data.loader import Batch, Loader
 from ddpm_dist.diffusion.losses import LossHistory
 from ddpm_dist.distributed.checkpoint import StateStore
 from ddpm_dist.distributed.engine import Engine
-from ddpm_dist.distributed.world import World
+from ddpm_dist.distributed.world import World, gather_objects
 from ddpm_dist.recipe import dump_config
 from ddpm_dist.training import run_folder
 from ddpm_dist.training.control import Control
@@ -105,7 +107,7 @@ class Training:
         self.goodput = Goodput(**meta["goodput"])
         self.goodput.resume(meta["saved_at"], last_sign_at)
         if self.history is not None and meta["loss_history"] is not None:
-            self.history.load_state_dict(meta["loss_history"])
+            self.history.load_state_dict({name: torch.tensor(v) for name, v in meta["loss_history"].items()})
         step = int(meta["step"])
         log.info(
             "continuing at step %d (%s images, epoch %d) as attempt %d; the state was read in %.1f s",
@@ -124,7 +126,8 @@ class Training:
             with self.clock.phase("ema"):
                 self.ema.update(self.step, self.cfg.train.global_batch)
         if self.history is not None:
-            self.history.update_from_all_ranks(result.t, result.loss)
+            ranks = gather_objects(self.world, (result.t.cpu(), result.loss.cpu()))
+            self.history.update(torch.cat([t for t, _ in ranks]), torch.cat([loss for _, loss in ranks]))
         return result
 
     def _exchange(self, batch: Batch, result: StepResult) -> bool:
@@ -151,13 +154,14 @@ class Training:
 
     def _meta(self) -> dict[str, Any]:
         """What the state holds beside tensors; never a generator's state (contract 2)."""
+        history = self.history.state_dict() if self.history is not None else None
         return {
             "step": self.step,
             "images_seen": self.step * self.cfg.train.global_batch,
             "epoch": self.loader.epoch(self.step),
             "data": self.loader.content_id,
             "goodput": asdict(self.goodput),
-            "loss_history": self.history.state_dict() if self.history is not None else None,
+            "loss_history": history and {name: values.tolist() for name, values in history.items()},
             "skipped_steps": self.skipped.total,
         }
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ddpm_dist import rng
 from ddpm_dist.config import Config
 from ddpm_dist.diffusion.gaussian import GaussianDiffusion
-from ddpm_dist.diffusion.losses import LossHistory, draw_t, training_losses
+from ddpm_dist.diffusion.losses import LossHistory, draw_t, drop_labels, training_losses
 from ddpm_dist.distributed.engine import Engine, StepReport
 from ddpm_dist.distributed.world import World
 from ddpm_dist.rng import Purpose
@@ -87,7 +87,11 @@ def _forward_backward(
     x_start = to_model_range(images.to(world.device, non_blocking=True))
     t, weight = draw_t(cfg.diffusion, seed, step, places, batch, history, device=world.device)
     eps = rng.normal(seed, Purpose.EPS, image_numbers, x_start.shape[1:])
-    labels = _drop_labels(labels, image_numbers, cfg, world)
+    if labels is not None:
+        labels = labels.to(world.device, non_blocking=True)
+        if cfg.diffusion.label_dropout:
+            null = cfg.model.num_classes
+            labels = drop_labels(labels, null, cfg.diffusion.label_dropout, seed, step, places, batch)
     if cfg.model.dropout:
         torch.manual_seed(rng.fold(seed, step, world.rank))  # dropout's masks depend on this step alone
 
@@ -104,14 +108,3 @@ def _forward_backward(
 def to_model_range(images: Tensor) -> Tensor:
     """[B, C, H, W] uint8 in 0..255 to float32 in [-1, 1] (section 3.3 of Ho et al. 2020)."""
     return images.float() / 127.5 - 1.0
-
-
-def _drop_labels(labels: Tensor | None, image_numbers: Tensor, cfg: Config, world: World) -> Tensor | None:
-    """Replaces labels by the null class with probability diffusion.label_dropout (Ho & Salimans 2022)."""
-    if labels is None or cfg.model.num_classes is None:
-        return None
-    labels = labels.to(world.device, non_blocking=True)
-    if not cfg.diffusion.label_dropout:
-        return labels
-    u = rng.uniform(cfg.run.seed, Purpose.LABEL_DROPOUT, image_numbers)
-    return torch.where(u < cfg.diffusion.label_dropout, cfg.model.num_classes, labels)
