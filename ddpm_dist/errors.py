@@ -18,6 +18,7 @@ DdpmDistError
 │   ├── HangError            no step within the heartbeat's limit
 │   └── ClaimError           the run folder belongs to another live attempt
 ├── ClusterError             too few resources, or a Ray that doesn't answer
+│   └── WorkerRefusedError   a worker that can't do a job's tasks as the others do them
 ├── SamplingError            a sampling job that can't be done as asked
 └── EvaluationError          a metric that can't be computed as asked
 
@@ -95,6 +96,10 @@ class ClaimError(TrainingError):
 
 class ClusterError(DdpmDistError):
     """Too few resources, or a Ray that doesn't answer."""
+
+
+class WorkerRefusedError(ClusterError):
+    """A worker that can't do a job's tasks as the others do them; it is let go, and the task is not to blame."""
 
 
 class SamplingError(DdpmDistError):

@@ -61,7 +61,11 @@ class FeatureNetwork(ABC):
             )
         with torch.inference_mode():
             parts = [self._batch(part) for part in images.split(BATCH)]
-        return Output(*(_concatenate([getattr(p, name) for p in parts]) for name in ("features", "logits", "spatial")))
+        return Output(
+            torch.cat([part.features.float().cpu() for part in parts]),
+            _concatenate([part.logits for part in parts]),
+            _concatenate([part.spatial for part in parts]),
+        )
 
     @abstractmethod
     def _batch(self, images: Tensor) -> Output: ...
