@@ -1,24 +1,17 @@
-"""Samplers: from noise to an image, each one function with one signature.
-
-A sampler is a generator sampler(chain, x) over the chain's visited times. After its k-th step it yields
-(x, x_start): the image at the next visited time, and the estimate of x_0 that the step used. All that it
-multiplies by is computed before the first step, in float64, and lies on the device: a step never waits for one.
-"""
+"""Sampling: settings, network and process to images; which samplers there are."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ddpm_dist import rng
 from ddpm_dist.config import SamplingConfig
-from ddpm_dist.diffusion.denoiser import Denoiser, Network, Times, check_labels, make_denoiser, respace
+from ddpm_dist.diffusion.denoiser import Network, Times, check_labels, make_denoiser, respace
 from ddpm_dist.diffusion.gaussian import GaussianDiffusion
-from ddpm_dist.diffusion.schedules import Float64s
+from ddpm_dist.diffusion.solvers import Chain, Sampled, ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, heun, unipc
 from ddpm_dist.errors import ConfigError, SamplingError
 from ddpm_dist.rng import Purpose
 
@@ -36,81 +29,13 @@ class Step(NamedTuple):
     """[B,C,H,W] float32: the estimate of x_0 that the step used (the paper's progressive generation)."""
 
 
-@dataclass(frozen=True)
-class Chain:
-    """What a sampler is given beside x."""
-
-    denoise: Denoiser
-    """denoise(x, k) -> x_start and variance values at the k-th visited time."""
-    diffusion: GaussianDiffusion
-    times: Times
-    """[S], falling."""
-    noise: Callable[[int], Tensor]
-    """Standard normal [B,C,H,W] of step k."""
-    eta: float
-
-    @property
-    def signal(self) -> Float64s:
-        """[S + 1]: alpha = sqrt(alpha_bar) at the visited times, then 1, of x_0 itself."""
-        return np.append(self.diffusion.sqrt_alphas_cumprod[self.times], 1.0)
-
-    @property
-    def sigma(self) -> Float64s:
-        """[S + 1]: sqrt(1 - alpha_bar) at the visited times, then 0."""
-        return np.append(self.diffusion.sqrt_one_minus_alphas_cumprod[self.times], 0.0)
-
-    def rows(self, *columns: ArrayLike) -> list[tuple[Tensor, ...]]:
-        """The k-th numbers of all columns [S], for each step: float32 scalars on the device of the images."""
-        table = torch.tensor(np.stack(np.broadcast_arrays(*columns), axis=1), dtype=torch.float32)
-        return [row.unbind() for row in table.to(self.denoise.times.device).unbind()]
-
-
-Sampled = Iterator[tuple[Tensor, Tensor]]
-
-
-def ddpm(chain: Chain, x: Tensor) -> Sampled:
-    """Ancestral sampling (Ho et al. 2020, algorithm 2), with the process's reverse variance.
-
-    Between times that are not neighbours the process is respaced (Nichol & Dhariwal 2021, section 4).
-    """
-    spaced = _respaced(chain.diffusion, chain.times)
-    falling = slice(None, None, -1)
-    rows = chain.rows(
-        spaced.posterior_mean_coef1[falling],
-        spaced.posterior_mean_coef2[falling],
-        np.exp(0.5 * spaced.fixed_log_variance[falling]),
-    )
-    ranks = torch.arange(len(rows), device=x.device).flip(0)
-    for k, (of_x_start, of_x, deviation) in enumerate(rows):
-        x_start, variance_values = chain.denoise(x, k)
-        x = of_x_start * x_start + of_x * x
-        if k < len(rows) - 1:  # no noise in the step to x_0
-            if variance_values is not None:
-                deviation = torch.exp(0.5 * spaced.log_variance(variance_values, x, ranks[k : k + 1]))
-            x = x + deviation * chain.noise(k)
-        yield x, x_start
-
-
-def ddim(chain: Chain, x: Tensor) -> Sampled:
-    """Song, Meng & Ermon 2020, equation 12: deterministic at eta 0, with the posterior's variance at eta 1.
-
-    eps is that of the clipped x_start, so that x stays on the sphere its time expects.
-    """
-    alpha, sigma, alpha_next, sigma_next = chain.signal[:-1], chain.sigma[:-1], chain.signal[1:], chain.sigma[1:]
-    deviation = chain.eta * (sigma_next / sigma) * np.sqrt(1 - (alpha / alpha_next) ** 2)
-    of_eps = np.sqrt(np.maximum(sigma_next**2 - deviation**2, 0))
-    rows = chain.rows(of_eps / sigma, alpha_next - of_eps / sigma * alpha, deviation)
-    for k, (of_x, of_x_start, noise_scale) in enumerate(rows):
-        x_start, _ = chain.denoise(x, k)
-        x = of_x * x + of_x_start * x_start
-        if deviation[k] > 0:
-            x = x + noise_scale * chain.noise(k)
-        yield x, x_start
-
-
 SAMPLERS: dict[str, Callable[[Chain, Tensor], Sampled]] = {
     "ddpm": ddpm,
     "ddim": ddim,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "heun": heun,
+    "unipc": unipc,
 }
 
 
@@ -228,10 +153,3 @@ def _from_time(times: Times, t_start: int | None, diffusion: GaussianDiffusion) 
         raise SamplingError(f"t_start is {t_start}; the times of this process are 0 to {diffusion.timesteps - 1}")
     later = times[times < t_start]
     return np.concatenate([[t_start], later]), len(times) - len(later) - int(t_start in times)
-
-
-def _respaced(diffusion: GaussianDiffusion, times: Times) -> GaussianDiffusion:
-    """The process whose S steps are the given times, and whose network gives x_start."""
-    alphas_cumprod = diffusion.alphas_cumprod[times[::-1]]
-    betas = 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
-    return GaussianDiffusion(betas, "x_start", diffusion.variance)

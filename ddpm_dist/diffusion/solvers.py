@@ -1,0 +1,236 @@
+"""Samplers: from noise to an image, each one function with one signature.
+
+A sampler is a generator sampler(chain, x) over the chain's visited times. After its k-th step it yields
+(x, x_start): the image at the next visited time, and the estimate of x_0 that the step used. All that it
+multiplies by is computed before the first step, in float64, and lies on the device: a step never waits for one.
+
+Notation: x_t = alpha x_0 + sigma eps, lambda = log(alpha / sigma); "next" is the time that a step goes to.
+All but the ancestral sampler handle a first time without signal (lambda = -inf) and end at x_0 (lambda = inf).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from ddpm_dist.diffusion.denoiser import Denoiser, Times
+from ddpm_dist.diffusion.gaussian import GaussianDiffusion
+from ddpm_dist.diffusion.schedules import Float64s
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What a sampler is given beside x."""
+
+    denoise: Denoiser
+    """denoise(x, k) -> x_start and variance values at the k-th visited time."""
+    diffusion: GaussianDiffusion
+    times: Times
+    """[S], falling."""
+    noise: Callable[[int], Tensor]
+    """Standard normal [B,C,H,W] of step k."""
+    eta: float
+
+    @property
+    def signal(self) -> Float64s:
+        """[S + 1]: alpha = sqrt(alpha_bar) at the visited times, then 1, of x_0 itself."""
+        return np.append(self.diffusion.sqrt_alphas_cumprod[self.times], 1.0)
+
+    @property
+    def sigma(self) -> Float64s:
+        """[S + 1]: sqrt(1 - alpha_bar) at the visited times, then 0."""
+        return np.append(self.diffusion.sqrt_one_minus_alphas_cumprod[self.times], 0.0)
+
+    @property
+    def lambdas(self) -> Float64s:
+        """[S + 1]: half the log-SNR; infinite at x_0, and where there is no signal."""
+        with np.errstate(divide="ignore"):
+            return np.log(self.signal) - np.log(self.sigma)
+
+    def rows(self, *columns: ArrayLike) -> list[tuple[Tensor, ...]]:
+        """The k-th numbers of all columns [S], for each step: float32 scalars on the device of the images."""
+        table = torch.tensor(np.stack(np.broadcast_arrays(*columns), axis=1), dtype=torch.float32)
+        return [row.unbind() for row in table.to(self.denoise.times.device).unbind()]
+
+
+Sampled = Iterator[tuple[Tensor, Tensor]]
+
+
+def ddpm(chain: Chain, x: Tensor) -> Sampled:
+    """Ancestral sampling (Ho et al. 2020, algorithm 2), with the process's reverse variance.
+
+    Between times that are not neighbours the process is respaced (Nichol & Dhariwal 2021, section 4).
+    """
+    spaced = respaced(chain.diffusion, chain.times)
+    falling = slice(None, None, -1)
+    rows = chain.rows(
+        spaced.posterior_mean_coef1[falling],
+        spaced.posterior_mean_coef2[falling],
+        np.exp(0.5 * spaced.fixed_log_variance[falling]),
+    )
+    ranks = torch.arange(len(rows), device=x.device).flip(0)
+    for k, (of_x_start, of_x, deviation) in enumerate(rows):
+        x_start, variance_values = chain.denoise(x, k)
+        x = of_x_start * x_start + of_x * x
+        if k < len(rows) - 1:  # no noise in the step to x_0
+            if variance_values is not None:
+                deviation = torch.exp(0.5 * spaced.log_variance(variance_values, x, ranks[k : k + 1]))
+            x = x + deviation * chain.noise(k)
+        yield x, x_start
+
+
+def ddim(chain: Chain, x: Tensor) -> Sampled:
+    """Song, Meng & Ermon 2020, equation 12: deterministic at eta 0, with the posterior's variance at eta 1.
+
+    eps is that of the clipped x_start, so that x stays on the sphere its time expects.
+    """
+    alpha, sigma, alpha_next, sigma_next = chain.signal[:-1], chain.sigma[:-1], chain.signal[1:], chain.sigma[1:]
+    deviation = chain.eta * (sigma_next / sigma) * np.sqrt(1 - (alpha / alpha_next) ** 2)
+    of_eps = np.sqrt(np.maximum(sigma_next**2 - deviation**2, 0))
+    rows = chain.rows(of_eps / sigma, alpha_next - of_eps / sigma * alpha, deviation)
+    for k, (of_x, of_x_start, noise_scale) in enumerate(rows):
+        x_start, _ = chain.denoise(x, k)
+        x = of_x * x + of_x_start * x_start
+        if deviation[k] > 0:
+            x = x + noise_scale * chain.noise(k)
+        yield x, x_start
+
+
+def dpmpp_2m(chain: Chain, x: Tensor) -> Sampled:
+    """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2): second order, one evaluation a step.
+
+    The first and the last step are of first order.
+    """
+    lambdas = chain.lambdas
+    h = np.diff(lambdas)
+    of_x = chain.sigma[1:] / chain.sigma[:-1]
+    share = _share_of_previous(h)
+    of_x_start = -chain.signal[1:] * np.expm1(-h)
+    rows = chain.rows(of_x, of_x_start * (1 + share), -of_x_start * share)
+    previous = torch.zeros_like(x)
+    for k, (a, b, c) in enumerate(rows):
+        x_start, _ = chain.denoise(x, k)
+        x = a * x + b * x_start + c * previous
+        previous = x_start
+        yield x, x_start
+
+
+def dpmpp_2m_sde(chain: Chain, x: Tensor) -> Sampled:
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022, section 5): as dpmpp_2m, of the SDE, with fresh noise in each step."""
+    h = np.diff(chain.lambdas)
+    of_x = chain.sigma[1:] / chain.sigma[:-1] * np.exp(-h)
+    share = _share_of_previous(h)
+    of_x_start = -chain.signal[1:] * np.expm1(-2 * h)
+    rows = chain.rows(of_x, of_x_start * (1 + share), -of_x_start * share, chain.sigma[1:] * np.sqrt(-np.expm1(-2 * h)))
+    previous = torch.zeros_like(x)
+    for k, (a, b, c, deviation) in enumerate(rows):
+        x_start, _ = chain.denoise(x, k)
+        x = a * x + b * x_start + c * previous
+        if k < len(rows) - 1:
+            x = x + deviation * chain.noise(k)
+        previous = x_start
+        yield x, x_start
+
+
+def heun(chain: Chain, x: Tensor) -> Sampled:
+    """Heun's method as in EDM (Karras et al. 2022, algorithm 1), on the network's own times.
+
+    The ODE is d(x/alpha) = eps d(sigma/alpha). Second order, two evaluations a step but one in the last, and in a
+    first without signal: those are Euler's, since sigma/alpha is 0 or infinite at one end.
+    """
+    alpha, sigma, alpha_next, sigma_next = chain.signal[:-1], chain.sigma[:-1], chain.signal[1:], chain.sigma[1:]
+    euler = chain.rows(sigma_next / sigma, alpha_next - sigma_next / sigma * alpha)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        s, s_next = sigma / alpha, sigma_next / alpha_next
+        half = (s_next - s) / 2
+        correction = chain.rows(
+            alpha_next / alpha * (1 + half / s), -alpha_next * half / s, half / s_next, -alpha_next * half / s_next
+        )
+    for k, (a, b) in enumerate(euler):
+        x_start, _ = chain.denoise(x, k)
+        x_next = a * x + b * x_start
+        if k < len(euler) - 1 and alpha[k] > 0:
+            of_x, of_x_start, of_next, of_x_start_next = correction[k]
+            x_start_next, _ = chain.denoise(x_next, k + 1)
+            x_next = of_x * x + of_x_start * x_start + of_next * x_next + of_x_start_next * x_start_next
+        x = x_next
+        yield x, x_start
+
+
+def unipc(chain: Chain, x: Tensor, order: int = 3) -> Sampled:
+    """UniPC with B_2(h) and data prediction (Zhao et al. 2023, algorithms 5 to 8), one evaluation a step.
+
+    Each evaluation serves twice: it corrects the x it was made at, then predicts the next. The order rises over
+    the first steps, and falls to 1 over the last.
+    """
+    predict, correct = (_unipc_rows(chain, order, corrected) for corrected in (False, True))
+    past: list[Tensor] = []  # x_start of the latest steps, newest first
+    before = x
+    for k in range(len(chain.times)):
+        x_start, _ = chain.denoise(x, k)
+        if k > 0:
+            x = _combine(correct[k - 1], before, [x_start, *past])
+        past = [x_start, *past][:order]
+        before, x = x, _combine(predict[k], x, past)
+        yield x, x_start
+
+
+def _combine(row: tuple[Tensor, ...], x: Tensor, terms: list[Tensor]) -> Tensor:
+    x = row[0] * x
+    for weight, term in zip(row[1:], terms, strict=False):
+        x = x + weight * term
+    return x
+
+
+def _unipc_rows(chain: Chain, order: int, corrected: bool) -> list[tuple[Tensor, ...]]:
+    """For each step: the weight of x, then those of x_start at the next time (if corrected), here, and before."""
+    lambdas, alpha_next = chain.lambdas, chain.signal[1:]
+    steps = len(chain.times)
+    table = np.zeros((steps, 1 + order + corrected))
+    for k in range(steps):
+        h = lambdas[k + 1] - lambdas[k]
+        # Only points with signal serve for extrapolation; the last step, to lambda = inf, is of first order.
+        p = min(order, steps - k, 1 + int(np.isfinite(lambdas[:k]).sum()))
+        ratios = (lambdas[k - p + 1 : k][::-1] - lambdas[k]) / h
+        nodes = np.append(ratios, 1.0) if corrected else ratios
+        # Differences D_i / r_i of the nodes to the point here, weighted by a solution of theorem 3.1's equations.
+        rho = _unipc_weights(nodes, h)
+        of_nodes = -alpha_next[k] * np.expm1(-h) * rho / nodes
+        row = np.array([-alpha_next[k] * np.expm1(-h) - of_nodes.sum(), *of_nodes[: p - 1]])
+        if corrected:
+            row = np.append(of_nodes[-1], row)
+        table[k, : 1 + len(row)] = [chain.sigma[k + 1] / chain.sigma[k], *row]
+    return chain.rows(*table.T)
+
+
+def _unipc_weights(nodes: Float64s, h: float) -> Float64s:
+    """rho of Zhao et al., equation 11: sum_i rho_i r_i^(n-1) = n! phi_{n+1}(-h) / B(h), for n = 1 … number of nodes.
+
+    With one node any value keeps the order; the paper takes 1/2 (section 3.3).
+    """
+    if len(nodes) <= 1:
+        return np.full(len(nodes), 0.5)
+    phi = np.expm1(-h) / -h - 1
+    right = []
+    for n in range(1, len(nodes) + 1):
+        right.append(phi * math.factorial(n) / np.expm1(-h))
+        phi = phi / -h - 1 / math.factorial(n + 1)
+    return np.linalg.solve(np.vander(nodes, increasing=True).T, np.array(right))
+
+
+def _share_of_previous(h: Float64s) -> Float64s:
+    """1 / (2 r), r = h_{k-1} / h_k, of the extrapolation from the previous x_start; 0 in the first and last step."""
+    share = np.zeros_like(h)
+    share[1:-1] = h[1:-1] / h[:-2] / 2
+    return share
+
+
+def respaced(diffusion: GaussianDiffusion, times: Times) -> GaussianDiffusion:
+    """The process whose S steps are the given times, and whose network gives x_start."""
+    alphas_cumprod = diffusion.alphas_cumprod[times[::-1]]
+    betas = 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
+    return GaussianDiffusion(betas, "x_start", diffusion.variance)
