@@ -87,7 +87,11 @@ class ModelConfig(Section):
 
 class DiffusionConfig(Section):
     timesteps: Positive = 1000
-    schedule: Literal["linear", "scaled_linear", "quadratic", "cosine", "sigmoid", "given"] = "linear"
+    schedule: Literal["linear", "scaled_linear", "quadratic", "cosine", "sigmoid", "sigmoid_alpha_bar", "given"] = (
+        "linear"
+    )
+    """Shape of beta (sigmoid: diffusers' one) or of alpha_bar (cosine, and sigmoid_alpha_bar of Jabri et al. 2022).
+    scaled_linear and quadratic are two names of one shape."""
     beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4
     beta_end: Annotated[float, Field(gt=0, lt=1)] = 2e-2
     betas: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = None
@@ -161,7 +165,7 @@ class SamplingConfig(Section):
     steps: Free[Positive | None] = None
     """Times visited by the sampler; none: all of them."""
     spacing: Free[Literal["uniform", "quadratic", "trailing"]] = "uniform"
-    eta: Free[Annotated[float, Field(ge=0)] | None] = None
+    eta: Free[Fraction | None] = None
     """DDIM's eta: 0 deterministic (the default), 1 as ancestral sampling."""
     clip: Free[Literal["none", "static", "dynamic"]] = "static"
     """What happens to x_start before each step: nothing, clip to [-1, 1], or dynamic thresholding."""
@@ -284,6 +288,27 @@ def _check_diffusion(cfg: Config) -> None:
     if d.variance in ("learned", "learned_range") and d.loss == "simple":
         raise ValueError(
             f"diffusion.loss: simple gives diffusion.variance: {d.variance} no gradient; use hybrid or vlb"
+        )
+    if d.loss == "hybrid" and d.variance not in ("learned", "learned_range"):
+        raise ValueError(
+            f"diffusion.loss: hybrid adds a term that trains the variance alone, and diffusion.variance: {d.variance} "
+            "is fixed; use loss: simple or vlb, or variance: learned_range"
+        )
+    if d.weighting != "none" and d.loss == "vlb":
+        raise ValueError(f"diffusion.weighting: {d.weighting} weighs the squared error, which loss: vlb doesn't have")
+    if d.weighting != "none" and d.zero_terminal_snr:
+        raise ValueError(
+            f"diffusion.weighting: {d.weighting} gives the last t, whose SNR is 0 by diffusion.zero_terminal_snr, "
+            "no weight; use weighting: none"
+        )
+    if d.zero_terminal_snr and cfg.sampling.steps and cfg.sampling.spacing == "quadratic":
+        raise ValueError(
+            "sampling.spacing: quadratic doesn't start at the last t, as diffusion.zero_terminal_snr needs; "
+            "use uniform or trailing"
+        )
+    if cfg.sampling.steps and cfg.sampling.steps > d.timesteps:
+        raise ValueError(
+            f"sampling.steps: {cfg.sampling.steps} can't be taken out of {d.timesteps} diffusion.timesteps"
         )
     if d.label_dropout and not cfg.model.num_classes:
         raise ValueError("diffusion.label_dropout: needs model.num_classes")
