@@ -3,47 +3,64 @@
 Credentials and the endpoint come from the environment of the process (AWS_ACCESS_KEY_ID,
 AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, …) and never show in an error. Transient errors are retried with
 exponential backoff and jitter until `patience_s` is spent; what can't get better by waiting (no such
-object, access denied) is raised at once.
+object, access denied) is raised at once. Everything here may be called from any thread, and after a fork.
 """
 
-import io
+import hashlib
 import logging
 import os
-import random
-import re
-import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import fsspec
 from fsspec.core import url_to_fs
 
-from ddpm_dist.errors import (
-    AccessError,
-    DdpmDistError,
-    NotFoundError,
-    ShortReadError,
-    StorageError,
-    UnreachableError,
-)
+from ddpm_dist.errors import NotFoundError, ShortReadError, StorageError
+from ddpm_dist.storage_errors import PATIENCE_S, answer_of, classify, redact, retry
+from ddpm_dist.storage_local import copy_file, create_file, is_temporary, replace_file
 
-T = TypeVar("T")
+__all__ = [
+    "PATIENCE_S",
+    "check_access",
+    "classify",
+    "clear_instances",
+    "create",
+    "delete",
+    "delete_tree",
+    "exists",
+    "filesystem",
+    "join",
+    "list_names",
+    "list_objects",
+    "publish",
+    "read",
+    "read_range",
+    "redact",
+    "retry",
+    "size",
+    "upload",
+]
+
 log = logging.getLogger(__name__)
 
-PATIENCE_S = 60.0
-"""Default time in which an outage of the store may end."""
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 20
+"""Longest silence of a store in the middle of an answer."""
 CONNECTIONS = 32
-_SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+PART_BYTES = 32 * 2**20
+"""Larger objects are written in parts of this size, which are sent and retried one by one."""
+MAX_PARTS = 10_000
+PARTS_AT_ONCE = 4
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """(fsspec filesystem, path in it) of a URL; one filesystem per process, protocol and endpoint."""
-    protocol, colon, _ = url.partition("://")
-    if not colon:
-        raise StorageError(f"{redact(url)}: not a URL; write file://{Path(url).absolute()} or s3://bucket/folder")
+    """(fsspec filesystem, path in it) of a URL; one filesystem, with its connections, per process and protocol."""
+    protocol, colon, rest = url.partition("://")
+    if not colon or (protocol == "file" and not rest.startswith("/")):
+        local = Path(rest if colon else url).absolute()
+        raise StorageError(f"{redact(url)}: not an absolute URL; write file://{local} or s3://bucket/folder")
     options: dict[str, Any] = {}
     if protocol == "s3":
         options = {
@@ -53,15 +70,16 @@ def filesystem(url: str) -> tuple[Any, str]:
                 "connect_timeout": CONNECT_TIMEOUT_S,
                 "read_timeout": READ_TIMEOUT_S,
                 "max_pool_connections": CONNECTIONS,
-                "retries": {"max_attempts": 1},
+                "retries": {"max_attempts": 0},
             },
         }
-    elif protocol == "file":
-        options = {"auto_mkdir": True}
     try:
-        return url_to_fs(url, **options)
+        fs, path = url_to_fs(url, **options)
     except (ValueError, ImportError) as error:
         raise StorageError(f"{redact(url)}: {error}") from None
+    if protocol == "s3":
+        fs.retries = 1  # one layer retries: ours, which knows the patience and says what it does
+    return fs, path
 
 
 def join(url: str, *parts: str) -> str:
@@ -72,26 +90,44 @@ def join(url: str, *parts: str) -> str:
 def read(url: str, patience_s: float = PATIENCE_S) -> bytes:
     """The whole object."""
     fs, path = filesystem(url)
-    return retry(lambda: fs.cat_file(path), url, patience_s)
+    # One GET: s3fs's parallel parts would cost a HEAD, go without the store's checksum and miss short answers.
+    options = {"max_concurrency": 1} if _is_s3(fs) else {}
+    return retry(lambda: bytes(fs.cat_file(path, **options)), url, patience_s)
 
 
 def read_range(url: str, start: int, length: int, patience_s: float = PATIENCE_S) -> bytes:
     """Exactly `length` bytes from `start`; ShortReadError if the object ends before (never silence)."""
+    if length == 0:
+        return b""
     fs, path = filesystem(url)
 
-    def attempt() -> bytes:
-        data = fs.cat_file(path, start=start, end=start + length)
-        if len(data) != length:
-            raise ShortReadError(f"{redact(url)}: {len(data)} bytes came for {length} from byte {start}")
-        return data
+    def attempt() -> bytes | int:
+        try:
+            data = bytes(fs.cat_file(path, start=start, end=start + length))
+        except OSError as error:
+            if answer_of(error)[1] != 416:  # the range begins after the end
+                raise
+            data = b""
+        if len(data) == length:
+            return data
+        held = int(fs.info(path)["size"])
+        if held < start + length:
+            return held
+        raise ShortReadError(f"{redact(url)}: {len(data)} bytes came for {length} from byte {start}")
 
-    return retry(attempt, url, patience_s)
+    found = retry(attempt, url, patience_s)
+    if isinstance(found, int):
+        raise ShortReadError(f"{redact(url)}: it holds {found} bytes, where {length} from byte {start} were expected")
+    return found
 
 
 def size(url: str, patience_s: float = PATIENCE_S) -> int:
     """Bytes of an object."""
     fs, path = filesystem(url)
-    return int(retry(lambda: fs.info(path), url, patience_s)["size"])
+    info = retry(lambda: fs.info(path), url, patience_s)
+    if info["type"] == "directory":
+        raise NotFoundError(f"{redact(url)}: a folder, where an object was expected")
+    return int(info["size"])
 
 
 def exists(url: str, patience_s: float = PATIENCE_S) -> bool:
@@ -107,46 +143,50 @@ def list_objects(url: str, patience_s: float = PATIENCE_S) -> dict[str, int]:
     """{path below url: bytes} of all objects below a folder, sorted; empty if there is none."""
     fs, path = filesystem(url)
     prefix = path.rstrip("/") + "/"
-
-    def attempt() -> dict[str, int]:
-        try:
-            found = fs.find(path, withdirs=False, detail=True)
-        except FileNotFoundError:
-            return {}
-        return {name.removeprefix(prefix): int(found[name]["size"]) for name in sorted(found) if name != path}
-
-    return retry(attempt, url, patience_s)
+    found = _listing(lambda: fs.find(path, withdirs=False, detail=True), {}, url, patience_s)
+    names = [name for name in sorted(found) if name.startswith(prefix) and not name.endswith("/")]
+    return {name.removeprefix(prefix): int(found[name]["size"]) for name in names if not is_temporary(name)}
 
 
 def list_names(url: str, patience_s: float = PATIENCE_S) -> list[str]:
     """Names of objects and folders directly below a folder, sorted; empty if there is none."""
     fs, path = filesystem(url)
-
-    def attempt() -> list[str]:
-        try:
-            return sorted(entry.rstrip("/").rpartition("/")[2] for entry in fs.ls(path, detail=False))
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-
-    return retry(attempt, url, patience_s)
+    prefix = path.rstrip("/") + "/"
+    found = _listing(lambda: fs.ls(path, detail=False), [], url, patience_s)
+    names = {name.removeprefix(prefix).rstrip("/") for name in found if name.startswith(prefix)}
+    return sorted(name for name in names if name and not is_temporary(name))
 
 
 def publish(url: str, data: bytes | memoryview, patience_s: float = PATIENCE_S) -> None:
-    """Writes a whole object: readers see all of it or what was there before."""
+    """Writes a whole object: readers see all of it or what was there before. On return it is durable.
+
+    data: any contiguous buffer. Large ones go in parallel parts; no second copy of the whole is made.
+    """
     fs, path = filesystem(url)
+    view = memoryview(data).cast("B")
     if _is_local(fs):
-        retry(lambda: _replace_local(path, data), url, patience_s)
+        retry(lambda: replace_file(path, lambda file: file.write(view)), url, patience_s)
+    elif _is_s3(fs) and view.nbytes > PART_BYTES:
+        _publish_parts(fs, path, view.nbytes, lambda start, end: bytes(view[start:end]), url, patience_s)
     else:
-        retry(lambda: fs.pipe_file(path, bytes(data)), url, patience_s)
+        retry(lambda: fs.pipe_file(path, bytes(view)), url, patience_s)
 
 
 def upload(local: str | Path, url: str, patience_s: float = PATIENCE_S) -> None:
     """Publishes a local file, in parallel parts where the store has them."""
     fs, path = filesystem(url)
+    length = os.path.getsize(local)
     if _is_local(fs):
-        publish(url, Path(local).read_bytes(), patience_s)
+        with open(local, "rb") as source:
+            retry(lambda: copy_file(source, path), url, patience_s)
+    elif _is_s3(fs) and length > PART_BYTES:
+        with open(local, "rb") as source:
+            descriptor = source.fileno()
+            _publish_parts(
+                fs, path, length, lambda start, end: os.pread(descriptor, end - start, start), url, patience_s
+            )
     else:
-        retry(lambda: fs.put_file(str(local), path), url, patience_s)
+        publish(url, Path(local).read_bytes(), patience_s)
 
 
 def create(url: str, data: bytes, patience_s: float = PATIENCE_S) -> bool:
@@ -159,11 +199,13 @@ def create(url: str, data: bytes, patience_s: float = PATIENCE_S) -> bool:
     def attempt() -> bool:
         try:
             if _is_local(fs):
-                _link_local(path, data)
+                create_file(path, data)
             else:
                 fs.pipe_file(path, data, mode="create")
-        except FileExistsError:
-            return bool(fs.cat_file(path) == data)
+        except OSError as error:
+            if isinstance(error, FileExistsError) or answer_of(error)[1] == 412:
+                return bool(fs.cat_file(path) == data)
+            raise
         return True
 
     return retry(attempt, url, patience_s)
@@ -188,67 +230,19 @@ def delete_tree(url: str, patience_s: float = PATIENCE_S) -> None:
 
 
 def check_access(url: str, patience_s: float = 8.0) -> None:
-    """Raises at once, with the reason, if the bucket of a URL can't be reached, found or used."""
+    """Raises within about `patience_s`, with the reason, if the bucket of a URL can't be reached, found or used."""
     fs, path = filesystem(url)
     if _is_s3(fs):
         bucket = path.split("/")[0]
-        retry(lambda: fs.call_s3("head_bucket", Bucket=bucket), f"s3://{bucket}", patience_s)
-        retry(lambda: fs.call_s3("list_objects_v2", Bucket=bucket, MaxKeys=1), f"s3://{bucket}", patience_s)
+        # A listing, since the answer to a HEAD carries no reason.
+        options = {"Bucket": bucket, "MaxKeys": 1, "timeout": patience_s}
+        retry(lambda: fs.call_s3("list_objects_v2", **options), f"s3://{bucket}", patience_s)
 
 
-def retry(action: Callable[[], T], url: str, patience_s: float = PATIENCE_S) -> T:
-    """`action()`, again after transient errors until `patience_s` is over; raises a StorageError."""
-    deadline = time.monotonic() + patience_s
-    attempt = 0
-    while True:
-        try:
-            return action()
-        except DdpmDistError as error:
-            if not isinstance(error, ShortReadError):
-                raise
-            failure: StorageError = error
-        except Exception as error:  # fsspec's back ends raise what they like; classify() decides
-            failure = classify(error, url)
-            if not isinstance(failure, UnreachableError):
-                raise failure from None
-        pause = min(5.0, 0.1 * 2**attempt) * (0.5 + random.random() / 2)  # noqa: S311 - jitter
-        attempt += 1
-        if time.monotonic() + pause > deadline:
-            raise failure from None
-        log.warning("storage: %s; attempt %d in %.1f s", failure, attempt + 1, pause)
-        time.sleep(pause)
-
-
-def classify(error: BaseException, url: str) -> StorageError:
-    """The StorageError that says what an exception of a back end means for the user."""
-    place, kind, text = redact(url), type(error).__name__, redact(str(error))
-    if isinstance(error, FileNotFoundError):
-        what = "no such bucket" if "bucket" in text.lower() else "not found"
-        return NotFoundError(f"{place}: {what}")
-    if isinstance(error, PermissionError) or "Credentials" in kind or re.search(r"Forbidden|AccessDenied|403", text):
-        remedy = "" if place.startswith("file") else "; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY on this node"
-        return AccessError(f"{place}: access refused ({text or kind}){remedy}")
-    if isinstance(error, (IsADirectoryError, NotADirectoryError, FileExistsError, ValueError, TypeError)):
-        return StorageError(f"{place}: {kind}: {text}")
-    if isinstance(error, OSError) and error.errno in _FATAL_ERRNO:
-        return StorageError(f"{place}: {error.strerror or text}")
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    at = f" (AWS_ENDPOINT_URL is {redact(endpoint)})" if endpoint and place.startswith("s3://") else ""
-    return UnreachableError(f"{place}: the store doesn't answer: {kind}: {text}{at}")
-
-
-_FATAL_ERRNO = {28, 30, 36, 122}  # disk full, read-only, name too long, quota
-
-
-def redact(text: str) -> str:
-    """Text without user:password@, query strings of URLs, and values of secret environment variables."""
-    text = re.sub(r"(\w+://)[^/@\s]*@", r"\1", text)
-    text = re.sub(r"(\w+://[^\s?]*)\?\S*", r"\1", text)
-    for name in _SECRETS:
-        value = os.environ.get(name)
-        if value:
-            text = text.replace(value, f"${name}")
-    return text
+def clear_instances() -> None:
+    """Forgets cached filesystems, after a change of endpoint or credentials in this process."""
+    for cls in list(fsspec.registry.values()):
+        cls.clear_instance_cache()
 
 
 def _is_local(fs: Any) -> bool:
@@ -259,35 +253,53 @@ def _is_s3(fs: Any) -> bool:
     return "s3" in (fs.protocol if isinstance(fs.protocol, (tuple, list)) else (fs.protocol,))
 
 
-def _write_temporary(path: str, data: bytes | memoryview) -> str:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    temporary = f"{path}.{os.getpid()}.{random.getrandbits(32):08x}.tmp"  # noqa: S311
-    with io.open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return temporary
+def _listing(action: Callable[[], Any], empty: Any, url: str, patience_s: float) -> Any:
+    def attempt() -> Any:
+        try:
+            return action()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if answer_of(error)[0] == "NoSuchBucket":
+                raise
+            return empty
+
+    return retry(attempt, url, patience_s)
 
 
-def _replace_local(path: str, data: bytes | memoryview) -> None:
-    temporary = _write_temporary(path, data)
+def _publish_parts(
+    fs: Any, path: str, length: int, part: Callable[[int, int], bytes], url: str, patience_s: float
+) -> None:
+    """S3's multipart upload of `length` bytes, where part(start, end) gives some of them."""
+    bucket, _, key = path.partition("/")
+    step = max(PART_BYTES, -(-length // MAX_PARTS))
+    upload_id = retry(lambda: fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key), url, patience_s)[
+        "UploadId"
+    ]
+    target = {"Bucket": bucket, "Key": key, "UploadId": upload_id}
+
+    def send(start: int) -> dict[str, Any]:
+        body, number = part(start, min(start + step, length)), start // step + 1
+        sent = retry(lambda: fs.call_s3("upload_part", **target, PartNumber=number, Body=body), url, patience_s)
+        return {"PartNumber": number, "ETag": sent["ETag"]}
+
     try:
-        os.replace(temporary, path)
+        with ThreadPoolExecutor(PARTS_AT_ONCE, thread_name_prefix="upload") as pool:
+            parts = list(pool.map(send, range(0, length, step)))
+        finish = {**target, "MultipartUpload": {"Parts": parts}}
+        try:
+            retry(lambda: fs.call_s3("complete_multipart_upload", **finish), url, patience_s)
+        except NotFoundError:
+            # A completion whose answer was lost has used the upload up: then the object is there, with its tag.
+            if retry(lambda: fs.info(path), url, patience_s)["ETag"].strip('"') != _tag_of(parts):
+                raise
     except BaseException:
-        os.unlink(temporary)
+        try:
+            fs.call_s3("abort_multipart_upload", **target)
+        except Exception as error:  # the first error matters; the parts stay until the bucket's own clean-up
+            log.warning("storage: an upload's parts remain: %s", classify(error, url))
         raise
 
 
-def _link_local(path: str, data: bytes) -> None:
-    temporary = _write_temporary(path, data)
-    try:
-        os.link(temporary, path)
-    finally:
-        os.unlink(temporary)
-
-
-def clear_instances() -> None:
-    """Forgets cached filesystems, after a change of endpoint or credentials in this process."""
-    fsspec.filesystem("memory")  # makes sure that the registry is loaded
-    for cls in list(fsspec.registry.values()):
-        cls.clear_instance_cache()
+def _tag_of(parts: list[dict[str, Any]]) -> str:
+    """S3's ETag of an object that was uploaded in parts."""
+    digests = b"".join(bytes.fromhex(part["ETag"].strip('"')) for part in parts)
+    return f"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(parts)}"

@@ -10,6 +10,7 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")  # before torch is imported: the same sums on any number of cores
 
 from ddpm_dist import storage  # noqa: E402
+from tests.faulty_proxy import FaultyProxy  # noqa: E402
 from tools.s3_server import S3Server  # noqa: E402
 
 
@@ -32,3 +33,12 @@ def bucket_url(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator
     storage.clear_instances()
     yield f"s3://{s3_server.bucket}/{uuid.uuid4().hex[:12]}"
     storage.clear_instances()
+
+
+@pytest.fixture
+def faulty_proxy(s3_server: S3Server, bucket_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    """A proxy before the S3 server, already this process's AWS_ENDPOINT_URL; faultless until told otherwise."""
+    with FaultyProxy(s3_server.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        storage.clear_instances()
+        yield proxy

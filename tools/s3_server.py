@@ -65,6 +65,7 @@ class S3Server:
             "AWS_EC2_METADATA_DISABLED": "true",
         }
         self.process: subprocess.Popen[bytes] | None = None
+        self._owner = os.getpid()
         atexit.register(self.stop)
 
     def start(self) -> "S3Server":
@@ -81,6 +82,7 @@ class S3Server:
         command += [f"-{name}.port={port}" for name, port in self.ports.items()]
         command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false", "-admin.ui=false"]
         command += ["-master.telemetry=false", f"-bucket={self.bucket}"]
+        command += ["-s3.autoCreateBucket=false"]  # a PUT into a bucket that isn't there fails, as elsewhere
         environment = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
         with open(logs / "weed.out", "ab") as output:
             self.process = start_bound(
@@ -111,9 +113,13 @@ class S3Server:
 
     def stop(self) -> None:
         """Ends the server; a temporary folder goes with it."""
-        self._end()
+        if os.getpid() != self._owner:
+            return  # a fork of the process that started the server
         if self._temporary:
+            self.kill()
             self._temporary.cleanup()
+        else:
+            self._end()
         atexit.unregister(self.stop)
 
     @property

@@ -1,0 +1,63 @@
+"""Local files that appear whole and stay: written beside their place, synced, then renamed or linked."""
+
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a name is that of a file in the making, or one that a killed writer left."""
+    return re.search(r"\.[0-9]+\.[0-9a-f]{8}\.tmp$", name) is not None
+
+
+def replace_file(path: str, write: Callable[[BinaryIO], object]) -> None:
+    """Creates or replaces a file with what `write` writes; the folders above it are made."""
+    temporary = _write_temporary(path, write)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    _make_name_durable(path)
+
+
+def copy_file(source: BinaryIO, path: str) -> None:
+    """`replace_file` with the bytes of an open file."""
+    source.seek(0)
+    replace_file(path, lambda file: shutil.copyfileobj(source, file, 2**20))
+
+
+def create_file(path: str, data: bytes) -> None:
+    """Creates a file whole; FileExistsError if there is one, for all but one of many who try at once."""
+    temporary = _write_temporary(path, lambda file: file.write(data))
+    try:
+        os.link(temporary, path)  # unlike a rename, it fails if the name is taken
+    finally:
+        os.unlink(temporary)
+    _make_name_durable(path)
+
+
+def _write_temporary(path: str, write: Callable[[BinaryIO], object]) -> str:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    temporary = f"{path}.{os.getpid()}.{random.getrandbits(32):08x}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+def _make_name_durable(path: str) -> None:
+    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
