@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ddpm_dist.distributed.world import World, gather_objects
 
+Address = tuple[str, int, int]
+"""(name of a parameter, offset, numel) of a piece."""
 GATHER_BYTES = 64 << 20
 """About as many bytes of full parameters are put together at once."""
 
@@ -25,6 +27,8 @@ class Piece:
     """
 
     name: str
+    shape: torch.Size
+    """Of the whole parameter."""
     offset: int
     weights: Tensor
     exp_avg: Tensor
@@ -35,13 +39,12 @@ class Piece:
         return self.weights.numel()
 
     @property
-    def address(self) -> tuple[str, int, int]:
-        """(name, offset, numel)."""
+    def address(self) -> Address:
         return self.name, self.offset, self.numel
 
 
-def shares(numels: dict[str, int], rank: int, size: int) -> list[tuple[str, int, int]]:
-    """(name, offset, numel) of a rank's share when all parameters, end to end, are cut into equal parts."""
+def shares(numels: dict[str, int], rank: int, size: int) -> list[Address]:
+    """A rank's share when all parameters, end to end, are cut into equal parts."""
     total = sum(numels.values())
     low, high = rank * total // size, (rank + 1) * total // size
     found, start = [], 0
@@ -53,34 +56,43 @@ def shares(numels: dict[str, int], rank: int, size: int) -> list[tuple[str, int,
     return found
 
 
-def all_addresses(pieces: Sequence[Piece], world: World) -> list[list[tuple[str, int, int]]]:
-    """(name, offset, numel) of every rank's pieces; a collective."""
-    return gather_objects(world, [piece.address for piece in pieces])
+@dataclass(frozen=True)
+class Ownership:
+    """Who owns which elements, as every rank knows it."""
+
+    shapes: dict[str, torch.Size]
+    """Of every parameter, in the same order on every rank."""
+    addresses: list[list[Address]]
+    """Of every rank's pieces."""
+
+    @classmethod
+    def of(cls, pieces: Sequence[Piece], world: World) -> "Ownership":
+        """A collective."""
+        ranks = gather_objects(world, [(piece.address, tuple(piece.shape)) for piece in pieces])
+        shapes = {address[0]: torch.Size(shape) for owned in ranks for address, shape in owned}
+        return cls(shapes, [[address for address, _ in owned] for owned in ranks])
 
 
 def gather_full(
-    tensors: Sequence[Tensor],
-    addresses: Sequence[Sequence[tuple[str, int, int]]],
-    shapes: dict[str, torch.Size],
-    world: World,
-    everywhere: bool = False,
+    tensors: Sequence[Tensor], ownership: Ownership, world: World, everywhere: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, full float32 tensor) in the order of `shapes`, from every rank's 1-D tensors.
+    """Yields (name, full float32 tensor) of every parameter, from every rank's 1-D tensors.
 
-    tensors: this rank's, aligned with addresses[world.rank]. addresses: of all ranks (`all_addresses`).
-    A collective: every rank has to exhaust the iterator. Rank 0 gets the tensors, on its device; the others
-    get nothing, or the same with `everywhere`. About GATHER_BYTES are in flight, however large the model is.
+    tensors: this rank's, aligned with its pieces. A collective: every rank has to exhaust the iterator. Rank 0
+    gets the tensors, on its device; the others get nothing, or the same with `everywhere`. About GATHER_BYTES
+    are in flight, however large the model is.
     """
+    shapes = ownership.shapes
     for names in _buckets(shapes):
         full = {}
         if everywhere or world.is_first:
             full = {name: torch.empty(shapes[name], dtype=torch.float32, device=world.device) for name in names}
-        for owner, owned in enumerate(addresses):
+        for owner, owned in enumerate(ownership.addresses):
             parts = [(i, address) for i, address in enumerate(owned) if address[0] in names]
             if not parts:
                 continue
             mine = owner == world.rank
-            flat = torch.cat([tensors[i] for i, _ in parts]) if mine else None
+            flat = torch.cat([tensors[i] for i, _ in parts]).to(world.device) if mine else None
             flat = _transfer(flat, sum(address[2] for _, address in parts), owner, world, everywhere)
             if flat is not None and full:
                 for (_, (name, offset, numel)), values in zip(parts, flat.split([a[2] for _, a in parts]), strict=True):
@@ -89,19 +101,19 @@ def gather_full(
 
 
 def _transfer(flat: Tensor | None, numel: int, owner: int, world: World, everywhere: bool) -> Tensor | None:
-    """The owner's values: on rank 0, or on all ranks; None where they aren't wanted."""
-    wanted = everywhere or world.is_first
+    """The owner's values, given on the owner alone: on rank 0, or on all ranks; None where they aren't wanted."""
     if world.size == 1 or (owner == 0 and not everywhere):
         return flat
-    if flat is None and wanted:
-        flat = torch.empty(numel, dtype=torch.float32, device=world.device)
-    if everywhere:
-        dist.broadcast(flat, src=owner)
-    elif flat is not None and owner == world.rank:
-        dist.send(flat.to(world.device), dst=0)
-    elif flat is not None:
-        dist.recv(flat, src=owner)
-    return flat
+    if everywhere or world.is_first:
+        received = flat if flat is not None else torch.empty(numel, dtype=torch.float32, device=world.device)
+        if everywhere:
+            dist.broadcast(received, src=owner)
+        else:
+            dist.recv(received, src=owner)
+        return received
+    if flat is not None:
+        dist.send(flat, dst=0)
+    return None
 
 
 def _buckets(shapes: dict[str, torch.Size]) -> Iterator[dict[str, None]]:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from ddpm_dist.errors import ClusterError
 
@@ -62,7 +63,7 @@ def select_device(local_rank: int) -> tuple[torch.device, str]:
 def _init_process_group(rank: int, size: int, backend: str) -> None:
     timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
     if size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
@@ -101,9 +102,9 @@ def interface_of(address: str) -> str | None:
         return None
     for name, addresses in psutil.net_if_addrs().items():
         for entry in addresses:
-            if entry.family in (socket.AF_INET, socket.AF_INET6):
-                if ipaddress.ip_address(entry.address.partition("%")[0]) == wanted:
-                    return name
+            is_ip = entry.family in (socket.AF_INET, socket.AF_INET6)
+            if is_ip and ipaddress.ip_address(entry.address.partition("%")[0]) == wanted:
+                return name
     return None
 
 

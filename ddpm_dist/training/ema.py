@@ -1,0 +1,128 @@
+"""Moving averages of the float32 master weights, each rank on its own pieces, without communication.
+
+Averages of any number of profiles run side by side; each costs 4 bytes per parameter, divided by the number of
+ranks, and one fused pass over the weights a step. Call `update` after each step that was applied.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm_dist.config import Config, EmaConfig
+from ddpm_dist.distributed.pieces import Ownership, Piece, gather_full
+from ddpm_dist.distributed.world import World
+
+Decay = Callable[[int, int], float]
+"""(step from 0, images in a step) -> share that the old average keeps."""
+MAIN = "ema"
+"""Label of the average that snapshots are made of."""
+
+
+class Ema:
+    """Averages of the weights of `pieces`, which start as these weights.
+
+    averages: label -> 1-D float32 tensors aligned with the pieces, as training states hold them. The label `ema`
+    is the average of ema.decay or ema.halflife_Mimg; `power-0.050` has the profile of that relative width.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], cfg: Config) -> None:
+        self._pieces = pieces
+        self._decays: dict[str, Decay] = {MAIN: _main_decay(cfg.ema)}
+        for std in cfg.ema.power:
+            self._decays[power_label(std)] = partial(_power_decay, power_exponent(std))
+        self._weights = _runs([piece.weights for piece in pieces])
+        self._runs = {label: [torch.empty_like(run) for run in self._weights] for label in self._decays}
+        numels = [piece.numel for piece in pieces]
+        self.averages = {label: _split(runs, numels) for label, runs in self._runs.items()}
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Sets every average to the weights; for a start from other weights."""
+        for runs in self._runs.values():
+            torch._foreach_copy_(runs, self._weights)
+
+    @torch.no_grad()
+    def update(self, step: int, batch: int) -> None:
+        """Takes the weights into every average, after step `step` (from 0) of `batch` images was applied."""
+        for label, decay in self._decays.items():
+            torch._foreach_lerp_(self._runs[label], self._weights, 1.0 - decay(step, batch))
+
+    def gather(self, world: World, label: str = MAIN) -> dict[str, Tensor]:
+        """The whole average by parameter name, float32, on every rank; a collective."""
+        ownership = Ownership.of(self._pieces, world)
+        return dict(gather_full(self.averages[label], ownership, world, everywhere=True))
+
+
+def power_label(std: float) -> str:
+    return f"power-{std:.3f}"
+
+
+def power_exponent(std: float) -> float:
+    """γ of the power function t^γ whose relative standard deviation (EDM2's σ_rel) is `std`, 0 < std < 0.28.
+
+    Algorithm 2 of Karras et al. 2024 (arXiv 2312.02696): the real root of
+    γ³ + 7γ² + (16 − σ⁻²)γ + (12 − σ⁻²) = 0.
+    """
+    roots = np.roots([1.0, 7.0, 16.0 - std**-2, 12.0 - std**-2])
+    return float(roots.real.max())
+
+
+def _main_decay(cfg: EmaConfig) -> Decay:
+    if cfg.halflife_Mimg is not None:
+        decay: Decay = partial(_halflife_decay, cfg.halflife_Mimg * 1e6)
+    else:
+        assert cfg.decay is not None, "the configuration asks for one of both"
+        decay = partial(_constant_decay, cfg.decay)
+    return partial(_warmed_up, decay) if cfg.warmup else decay
+
+
+def _constant_decay(decay: float, step: int, batch: int) -> float:
+    """Ho et al. 2020, appendix B: 0.9999 at every step."""
+    return decay
+
+
+def _halflife_decay(halflife_images: float, step: int, batch: int) -> float:
+    """A weight counts half after `halflife_images` more images."""
+    return float(0.5 ** (batch / halflife_images))
+
+
+def _warmed_up(decay: Decay, step: int, batch: int) -> float:
+    """min(decay, (1 + step) / (10 + step)), as TensorFlow's ExponentialMovingAverage with num_updates."""
+    return min(decay(step, batch), (1 + step) / (10 + step))
+
+
+def _power_decay(gamma: float, step: int, batch: int) -> float:
+    """β(t) = (1 − 1/t)^(γ+1) with t from 1, equation 4 of Karras et al. 2024; 0 at the first step."""
+    return float((1.0 - 1.0 / (step + 1)) ** (gamma + 1.0))
+
+
+def _runs(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same elements in as few 1-D views as memory allows: neighbours in one storage become one view."""
+    runs: list[Tensor] = []
+    for tensor in tensors:
+        last = runs[-1] if runs else None
+        if (
+            last is not None
+            and last.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+            and last.storage_offset() + last.numel() == tensor.storage_offset()
+        ):
+            runs[-1] = last.as_strided((last.numel() + tensor.numel(),), (1,), last.storage_offset())
+        else:
+            runs.append(tensor)
+    return runs
+
+
+def _split(runs: Sequence[Tensor], numels: Sequence[int]) -> list[Tensor]:
+    """Views of consecutive elements of the runs, of the given lengths."""
+    views: list[Tensor] = []
+    remaining = list(numels)
+    for run in runs:
+        start = 0
+        while start < run.numel():
+            views.append(run[start : start + remaining[0]])
+            start += remaining.pop(0)
+    return views
