@@ -54,6 +54,10 @@ PART_BYTES = 32 * 2**20
 MAX_PARTS = 10_000
 PARTS_AT_ONCE = 4
 
+_held: dict[int, dict[int, Any]] = {}
+"""Filesystems by the process that made them. fsspec forgets its own after a fork, and a child that then collects its
+parent's closes the sockets and the epoll that both share: the parent's next read would wait for its time-out."""
+
 
 def filesystem(url: str) -> tuple[Any, str]:
     """(fsspec filesystem, path in it) of a URL; one filesystem, with its connections, per process and protocol."""
@@ -79,6 +83,7 @@ def filesystem(url: str) -> tuple[Any, str]:
         raise StorageError(f"{redact(url)}: {error}") from None
     if protocol == "s3":
         fs.retries = 1  # one layer retries: ours, which knows the patience and says what it does
+        _held.setdefault(os.getpid(), {})[id(fs)] = fs
     return fs, path
 
 
@@ -241,6 +246,7 @@ def check_access(url: str, patience_s: float = 8.0) -> None:
 
 def clear_instances() -> None:
     """Forgets cached filesystems, after a change of endpoint or credentials in this process."""
+    _held.pop(os.getpid(), None)
     for cls in list(fsspec.registry.values()):
         cls.clear_instance_cache()
 

@@ -163,10 +163,10 @@ def _race(url: str, number: int, start: object, results: object) -> None:
 def test_of_many_processes_that_create_one_succeeds(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     folder = request.getfixturevalue("bucket_url") if kind == "s3" else f"file://{tmp_path}"
     context = multiprocessing.get_context("fork")
-    for round_ in range(3):
+    for round_ in range(2):
         url = f"{folder}/claim/{round_}"
         start, results = context.Event(), context.Queue()
-        racers = [context.Process(target=_race, args=(url, number, start, results)) for number in range(6)]
+        racers = [context.Process(target=_race, args=(url, number, start, results)) for number in range(4)]
         for racer in racers:
             racer.start()
         start.set()
@@ -193,7 +193,8 @@ def test_children_of_a_process_that_has_connections_have_their_own(bucket_url: s
     assert [results.get(timeout=60) for _ in children] == [b"before the fork"] * 2
     for child in children:
         child.join(60)
-    assert storage.read(f"{bucket_url}/a") == b"before the fork"
+    # Without patience: a child that closed what it shares would show as a time-out.
+    assert storage.read(f"{bucket_url}/a", patience_s=0) == b"before the fork"
 
 
 def test_threads_share_connections(faulty_proxy: FaultyProxy, bucket_url: str) -> None:
@@ -278,7 +279,6 @@ def test_reading_goes_on_when_a_killed_server_is_back(bucket_url: str, s3_server
     data = random.Random(5).randbytes(200_000)
     storage.publish(f"{bucket_url}/a", data)
     s3_server.kill()
-    back = threading.Timer(2.0, lambda: None)
     with ThreadPoolExecutor(4) as pool:
         reads = [pool.submit(storage.read_range, f"{bucket_url}/a", start, 1000) for start in range(0, 8000, 1000)]
         write = pool.submit(storage.publish, f"{bucket_url}/b", b"written during the outage")
@@ -286,7 +286,6 @@ def test_reading_goes_on_when_a_killed_server_is_back(bucket_url: str, s3_server
         s3_server.restart()
         assert b"".join(read.result() for read in reads) == data[:8000]
         write.result()
-    back.cancel()
     assert storage.read(f"{bucket_url}/b") == b"written during the outage"
 
 
