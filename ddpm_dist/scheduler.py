@@ -1,12 +1,12 @@
 """The diffusion process <-> diffusers' scheduler_config.json."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from ddpm_dist.diffusion.gaussian import GaussianDiffusion
-from ddpm_dist.errors import SnapshotError
+from ddpm_dist.diffusion.schedules import make_betas, rescale_zero_terminal_snr
+from ddpm_dist.errors import ConfigError, SnapshotError
 
 PREDICTIONS = {"eps": "epsilon", "x_start": "sample", "v": "v_prediction"}
 """Ours: theirs. x_prev is missing there."""
@@ -18,6 +18,13 @@ _READ_VARIANCES = {theirs: ours for ours, theirs in VARIANCES.items()} | {
     "fixed_small_log": "fixedsmall",  # the same number, computed through the logarithm
     "ddpm_dist_learned": "learned",
 }
+_READ_SCHEDULES = {
+    "linear": "linear",
+    "scaled_linear": "scaled_linear",
+    "squaredcos_cap_v2": "cosine",
+    "sigmoid": "sigmoid",
+}
+"""Theirs: ours. Only the first two are written by name; the others' small betas suffer in diffusers' float32."""
 
 
 def portable(diffusion: GaussianDiffusion) -> str | None:
@@ -33,7 +40,8 @@ def to_diffusers(diffusion: GaussianDiffusion) -> dict[str, Any]:
     """scheduler_config.json. Betas that its linear or scaled-linear schedule doesn't give become trained_betas."""
     betas = np.asarray(diffusion.betas, dtype=np.float64)
     start, end, steps = float(betas[0]), float(betas[-1]), len(betas)
-    schedule = next((name for name, make in _BETAS.items() if np.array_equal(make(start, end, steps), betas)), None)
+    named = ("linear", "scaled_linear") if 0 < start <= end < 1 else ()
+    schedule = next((name for name in named if np.array_equal(make_betas(name, steps, start, end), betas)), None)
     return {
         "_class_name": "DDPMScheduler" if portable(diffusion) is None else "DdpmDistScheduler",
         "beta_end": end if schedule else 0.02,
@@ -65,7 +73,11 @@ def from_diffusers(config: dict[str, Any], source: str) -> GaussianDiffusion:
     variance = _need(config, "variance_type", source)
     if variance not in _READ_VARIANCES:
         raise SnapshotError(f"{source}: variance_type is {variance!r}; known are {', '.join(_READ_VARIANCES)}")
-    return GaussianDiffusion(_read_betas(config, source), _READ_PREDICTIONS[prediction], _READ_VARIANCES[variance])
+    try:
+        betas = _read_betas(config, source)
+        return GaussianDiffusion(betas, _READ_PREDICTIONS[prediction], _READ_VARIANCES[variance])
+    except ConfigError as error:
+        raise SnapshotError(f"{source}: {error}") from None
 
 
 def _read_betas(config: dict[str, Any], source: str) -> np.ndarray:
@@ -73,48 +85,15 @@ def _read_betas(config: dict[str, Any], source: str) -> np.ndarray:
         betas = np.asarray(config["trained_betas"], dtype=np.float64)
     else:
         name = _need(config, "beta_schedule", source)
-        make = {**_BETAS, **_MORE_BETAS}.get(name)
-        if make is None:
-            known = ", ".join((*_BETAS, *_MORE_BETAS))
+        if name not in _READ_SCHEDULES:
+            known = ", ".join(_READ_SCHEDULES)
             raise SnapshotError(f"{source}: beta_schedule is {name!r}; known are {known}, and trained_betas")
-        betas = make(*(_need(config, key, source) for key in ("beta_start", "beta_end", "num_train_timesteps")))
-    return _rescale_zero_snr(betas) if config.get("rescale_betas_zero_snr") else betas
+        steps, start, end = (_need(config, key, source) for key in ("num_train_timesteps", "beta_start", "beta_end"))
+        betas = make_betas(_READ_SCHEDULES[name], steps, start, end)
+    return rescale_zero_terminal_snr(betas) if config.get("rescale_betas_zero_snr") else betas
 
 
 def _need(config: dict[str, Any], key: str, source: str) -> Any:
     if key not in config:
         raise SnapshotError(f"{source}: no {key}; it isn't guessed: add the value that the weights were trained with")
     return config[key]
-
-
-def _linear(start: float, end: float, steps: int) -> np.ndarray:
-    return np.linspace(start, end, steps, dtype=np.float64)
-
-
-def _scaled_linear(start: float, end: float, steps: int) -> np.ndarray:
-    return np.linspace(start**0.5, end**0.5, steps, dtype=np.float64) ** 2
-
-
-def _squared_cosine(_start: float, _end: float, steps: int) -> np.ndarray:
-    """Nichol & Dhariwal 2021, equation 17, betas at most 0.999."""
-    alpha_bar = np.cos((np.arange(steps + 1, dtype=np.float64) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
-    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
-
-
-def _sigmoid(start: float, end: float, steps: int) -> np.ndarray:
-    """GeoDiff's, which differs from the sigmoid schedule of Jabri et al."""
-    return start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, steps)))
-
-
-def _rescale_zero_snr(betas: np.ndarray) -> np.ndarray:
-    """Lin et al. 2023, algorithm 1: shifts and scales sqrt(alpha_bar) so that it ends at 0 and starts as before."""
-    root = np.sqrt(np.cumprod(1 - betas))
-    alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-    return 1 - np.concatenate((alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]))
-
-
-Schedule = Callable[[float, float, int], np.ndarray]
-_BETAS: dict[str, Schedule] = {"linear": _linear, "scaled_linear": _scaled_linear}
-"""Schedules that are written by name, (beta_start, beta_end, steps) -> float64 [steps]."""
-_MORE_BETAS: dict[str, Schedule] = {"squaredcos_cap_v2": _squared_cosine, "sigmoid": _sigmoid}
-"""Schedules that are only read: diffusers computes in float32, so what we trained with is written out."""

@@ -5,7 +5,7 @@ Parameter names follow diffusers' `UNet2DModel`, so its weights load unchanged a
 
 import math
 from collections.abc import Callable, Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -93,37 +93,38 @@ class UNet(nn.Module):
 class _Level(nn.Module):
     """Residual blocks of one resolution, each followed by attention where there is any."""
 
-    resnets: nn.ModuleList
-    attentions: nn.ModuleList | None
+    def __init__(self, resnets: Iterable[nn.Module], attentions: Iterable[nn.Module] | None) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = None if attentions is None else nn.ModuleList(attentions)
 
-    def block(self, j: int, temb: Tensor, recompute: bool, *inputs: Tensor) -> Tensor:
+    def block(self, j: int, temb: Tensor, *inputs: Tensor) -> Tensor:
         """Block j with its attention, on the concatenation of the inputs."""
+        h = self.resnets[j](torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0], temb)
+        return cast(Tensor, h if self.attentions is None else self.attentions[j](h))
 
-        def compute(temb: Tensor, *inputs: Tensor) -> Tensor:
-            h = self.resnets[j](torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0], temb)
-            return cast(Tensor, h if self.attentions is None else self.attentions[j](h))
 
-        if recompute and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(compute, temb, *inputs, use_reentrant=False))
-        return compute(temb, *inputs)
+def _run(compute: Callable[..., Tensor], *inputs: Any, recompute: bool) -> Tensor:
+    """compute(*inputs); with `recompute` its activations are computed again in the backward pass."""
+    if recompute and torch.is_grad_enabled():
+        return cast(Tensor, checkpoint(compute, *inputs, use_reentrant=False))
+    return compute(*inputs)
 
 
 class _DownLevel(_Level):
     def __init__(
         self, resnets: Iterable[nn.Module], attentions: Iterable[nn.Module] | None, downsampler: nn.Module | None
     ) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList(resnets)
-        self.attentions = None if attentions is None else nn.ModuleList(attentions)
+        super().__init__(resnets, attentions)
         self.downsamplers = None if downsampler is None else nn.ModuleList([downsampler])
 
     def forward(self, h: Tensor, temb: Tensor, skips: list[Tensor], recompute: bool) -> Tensor:
         """Appends each block's output, and the downsampled one, to `skips`."""
         for j in range(len(self.resnets)):
-            h = self.block(j, temb, recompute, h)
+            h = _run(self.block, j, temb, h, recompute=recompute)
             skips.append(h)
         if self.downsamplers is not None:
-            h = self.downsamplers[0](h, temb)
+            h = _run(self.downsamplers[0], h, temb, recompute=recompute)
             skips.append(h)
         return h
 
@@ -140,31 +141,24 @@ class _MidBlock(nn.Module):
         )
 
     def forward(self, h: Tensor, temb: Tensor, recompute: bool) -> Tensor:
-        def compute(h: Tensor, temb: Tensor) -> Tensor:
-            h = self.resnets[0](h, temb)
-            if self.attentions is not None:
-                h = self.attentions[0](h)
-            return cast(Tensor, self.resnets[1](h, temb))
-
-        if recompute and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(compute, h, temb, use_reentrant=False))
-        return compute(h, temb)
+        h = _run(self.resnets[0], h, temb, recompute=recompute)
+        if self.attentions is not None:
+            h = _run(self.attentions[0], h, recompute=recompute)
+        return _run(self.resnets[1], h, temb, recompute=recompute)
 
 
 class _UpLevel(_Level):
     def __init__(
         self, resnets: Iterable[nn.Module], attentions: Iterable[nn.Module] | None, upsampler: nn.Module | None
     ) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList(resnets)
-        self.attentions = None if attentions is None else nn.ModuleList(attentions)
+        super().__init__(resnets, attentions)
         self.upsamplers = None if upsampler is None else nn.ModuleList([upsampler])
 
     def forward(self, h: Tensor, temb: Tensor, skips: list[Tensor], recompute: bool) -> Tensor:
         """Takes one of `skips` for each block, the last first."""
         for j in range(len(self.resnets)):
-            h = self.block(j, temb, recompute, h, skips.pop())
-        return h if self.upsamplers is None else cast(Tensor, self.upsamplers[0](h, temb))
+            h = _run(self.block, j, temb, h, skips.pop(), recompute=recompute)
+        return h if self.upsamplers is None else _run(self.upsamplers[0], h, temb, recompute=recompute)
 
 
 def _resnet(config: UNetConfig, in_channels: int, out_channels: int, resample: str | None = None) -> ResnetBlock:

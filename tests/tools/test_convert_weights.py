@@ -1,0 +1,103 @@
+"""tools/convert_weights.py: what it writes computes what the source did, and diffusers opens it."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from ddpm_dist import storage
+from ddpm_dist.errors import ConfigError, SnapshotError
+from ddpm_dist.models.weights import EMA_SUFFIX
+from ddpm_dist.snapshot import load_info, load_snapshot
+from tests.models.networks import distance, inputs, random_unet, tiny_config
+from tests.models.official import official_variables
+from tools.convert_weights import main, output_checksum
+
+RECIPE = """
+run: {url: "memory://run"}
+data: {url: "memory://data", image_size: 16}
+model: {channels: 16, channel_mult: [1, 2], num_res_blocks: 1, attention_resolutions: [8], norm_groups: 8}
+train: {steps: 1, global_batch: 4}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return str(path)
+
+
+def publish_npz(url: str, arrays: dict[str, np.ndarray]) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    storage.publish(url, buffer.getvalue())
+
+
+@pytest.mark.parametrize("kind", ["ema", "raw"])
+def test_an_official_npz_in_a_bucket(kind, recipe, bucket_url, tmp_path, capsys):
+    unet = random_unet(tiny_config())
+    suffix = EMA_SUFFIX if kind == "ema" else ""
+    variables = official_variables(unet.state_dict(), unet.config)
+    publish_npz(f"{bucket_url}/cifar.npz", {name + suffix: value for name, value in variables.items()})
+    out = f"file://{tmp_path}/out"
+    main([f"{bucket_url}/cifar.npz", out, "--config", recipe, "--weights", kind, "diffusion.variance=fixedsmall"])
+    x, t, _ = inputs(unet.config, 2)
+    pipeline = DDPMPipeline.from_pretrained(tmp_path / "out")
+    assert distance(pipeline.unet(x, t).sample, unet.eval()(x, t)) < 1e-5
+    assert pipeline.scheduler.config.variance_type == "fixed_small"
+    assert load_info(out)["kind"] == kind
+
+    printed = capsys.readouterr().out.split("checksum ")[1].split()
+    assert [float(number) for number in printed] == pytest.approx(load_info(out)["output_checksum"], rel=1e-4)
+    main([out, f"{out}2", "--checksum", *printed])  # a second conversion, held against the first
+    with pytest.raises(SnapshotError, match=r"output checksum .*; --checksum is 1 2 3 4"):
+        main([out, f"{out}3", "--checksum", "1", "2", "3", "4"])
+    with pytest.raises(SnapshotError, match="not a snapshot"):
+        load_info(f"{out}3")
+
+
+def test_the_checksum_notices_each_silent_setting():
+    """Settings that load the same shapes but compute something else change the four numbers."""
+    plain = random_unet(tiny_config())
+    reference = output_checksum(plain, 1000)
+    again = random_unet(tiny_config())
+    assert output_checksum(again, 1000) == reference
+    for changes in ({"norm_eps": 1e-3}, {"flip_sin_to_cos": True}, {"downsample_padding": 1}, {"freq_shift": 0},
+                    {"attention_head_dim": 8}):  # fmt: skip
+        other = random_unet(type(plain.config)(**(vars(plain.config) | changes)))
+        assert not np.allclose(output_checksum(other, 1000), reference, rtol=1e-3, atol=1e-6), changes
+
+
+def test_a_folder_of_diffusers(tmp_path):
+    settings = tiny_config(num_classes=2).to_diffusers()
+    settings.pop("_class_name")
+    theirs = UNet2DModel(**settings)
+    DDPMPipeline(theirs, DDPMScheduler(variance_type="fixed_large")).save_pretrained(tmp_path / "theirs")
+    main([f"file://{tmp_path}/theirs", f"file://{tmp_path}/ours"])
+    ours, _ = load_snapshot(f"file://{tmp_path}/ours")
+    x, t, labels = inputs(ours.config, 2)
+    assert distance(ours(x, t, labels), theirs.eval()(x, t, labels).sample) < 1e-5
+    assert load_info(f"file://{tmp_path}/ours")["null_label"] is None  # theirs don't say which row it is, if any
+
+
+def test_bad_input_is_named(recipe, tmp_path):
+    npz, out = f"file://{tmp_path}/a.npz", f"file://{tmp_path}/out"
+    with pytest.raises(ConfigError, match="source and destination are the same"):
+        main([out, out + "/"])
+    with pytest.raises(ConfigError, match=r"--config: .*give its recipe"):
+        main([npz, out])
+    storage.publish(npz, b"not a zip")
+    with pytest.raises(SnapshotError, match=r"a\.npz: not an \.npz"):
+        main([npz, out, "--config", recipe])
+    publish_npz(npz, {"objects": np.array([torch.nn.ReLU()], dtype=object)})
+    with pytest.raises(SnapshotError, match=r"a\.npz: not an \.npz of plain arrays"):
+        main([npz, out, "--config", recipe])
+    unet = random_unet(tiny_config())
+    publish_npz(npz, official_variables(unet.state_dict(), unet.config))
+    with pytest.raises(SnapshotError, match=r"lacks down_blocks\.0\.resnets\.1"):
+        main([npz, out, "--config", recipe, "--weights", "raw", "model.num_res_blocks=2"])
+    with pytest.raises(SnapshotError, match="not a snapshot"):
+        main([f"file://{tmp_path}/nothing", out])
