@@ -17,13 +17,15 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from ddpm_dist.config import ClusterConfig
-from ddpm_dist.errors import ClusterError, DdpmDistError, WorkerRefusedError
+from ddpm_dist.errors import ClusterError, DdpmDistError, ShortReadError, UnreachableError, WorkerRefusedError
 
 T = TypeVar("T", bound=Hashable)
 log = logging.getLogger(__name__)
 
 Worker = Callable[[Any], Any]
 
+MAY_PASS = (UnreachableError, ShortReadError)
+"""Errors of ours that another try may not meet; all others fail a task at once."""
 MAX_ATTEMPTS = 3
 """Times that a task may raise before it is named as failed."""
 MAX_LOSSES = 10
@@ -46,10 +48,10 @@ class Done(Generic[T]):
 
 @dataclass(frozen=True)
 class Failed(Generic[T]):
-    """A task that is given up; the reason is its last one."""
+    """A task that is given up, and why."""
 
     task: T
-    reason: str
+    error: DdpmDistError
 
 
 @dataclass(eq=False)
@@ -139,7 +141,7 @@ class ActorPool:
                 failed += isinstance(outcome, Failed)
                 yield outcome
                 if isinstance(outcome, Failed) and not succeeded and failed >= HOPELESS:
-                    raise ClusterError(f"the first {failed} tasks all failed; the last one: {outcome.reason}")
+                    raise ClusterError(f"the first {failed} tasks all failed; the last one: {outcome.error}")
             self._check_workers(waiting=bool(queue))
 
     def close(self) -> None:
@@ -188,11 +190,12 @@ class ActorPool:
                     queue.append(task)
                     continue
                 attempts[task] = attempts.get(task, 0) + 1
-                if attempts[task] < MAX_ATTEMPTS:
+                own = isinstance(cause, DdpmDistError)
+                if attempts[task] < MAX_ATTEMPTS and (not own or isinstance(cause, MAY_PASS)):
                     log.warning("%s failed, try %d of %d follows: %s", task, attempts[task] + 1, MAX_ATTEMPTS, cause)
                     queue.append(task)
                 else:
-                    yield Failed(task, f"{type(cause).__name__}: {cause}")
+                    yield Failed(task, cause if own else ClusterError(f"{type(cause).__name__}: {cause}"))
             except RayError as error:
                 orphans = self._dismiss(member)
                 self.losses += 1
@@ -204,7 +207,7 @@ class ActorPool:
                     if losses[orphan] < MAX_LOSSES:
                         queue.appendleft(orphan)
                     else:
-                        yield Failed(orphan, f"{MAX_LOSSES} workers vanished over it (out of memory?)")
+                        yield Failed(orphan, ClusterError(f"{MAX_LOSSES} workers vanished over it (out of memory?)"))
             else:
                 del member.running[reference]
                 yield Done(task, value)

@@ -1,0 +1,176 @@
+"""The words of `launch/sample.py`: from arguments to orders."""
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from ddpm_dist import snapshot, storage
+from ddpm_dist.config import Config
+from ddpm_dist.errors import ConfigError, SamplingError
+from ddpm_dist.recipe import apply_override, dump_config, load_config, parse_yaml, validate
+from ddpm_dist.sampling import job
+from ddpm_dist.training.run_folder import newest_snapshot
+
+_FREE_SECTIONS = ("sampling", "cluster", "evaluation")
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_config_arguments(parser)
+    parser.add_argument("--snapshot", metavar="URL", nargs="+", help="default: the newest of run.url")
+    parser.add_argument("--out", metavar="URL", help="folder for the samples; default: run.url/samples/<step>-<seed>")
+    parser.add_argument("--num-samples", type=int, metavar="N", help="default: evaluation.num_samples")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", metavar="N|MIN:MAX", help="default: cluster.workers of the configuration")
+    parser.add_argument("--labels", metavar="SPEC", help="random (default), none, all, or classes such as 3 or 0,1,2")
+    parser.add_argument("--sweep", metavar="KEY=A,B", action="append", default=[], help="one folder for each value")
+    parser.add_argument("--npz", metavar="URL", help="write all images into one .npz as well (arr_0, NHWC)")
+    parser.add_argument("--png", metavar="URL", help="write a folder of PNG files as well")
+    return parser
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="recipe of the run; default: the one stored in the snapshot")
+    parser.add_argument("--print-config", action="store_true", help="show the resolved configuration and leave")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+
+
+def run(args: argparse.Namespace) -> list[job.Result]:
+    """Does what the arguments ask for."""
+    if args.config is None and not args.snapshot:
+        raise SamplingError("give --snapshot URL, or --config FILE for the newest snapshot of its run")
+    cfg = load_config(args.config, args.overrides) if args.config else None
+    print_if_asked(args, cfg)
+    snapshots = args.snapshot or [_newest(cfg)]
+    cfg = cfg or stored_config(snapshots[0], args.overrides)
+    print_if_asked(args, cfg)
+    orders = make_orders(args, cfg, snapshots)
+    results = job.run(orders, workers(args.workers, cfg), cfg.cluster)
+    if args.npz or args.png:
+        if len(results) > 1:
+            raise SamplingError("--npz and --png: of one set of samples, not of a sweep; the samples are there")
+        if args.npz:
+            job.export_npz(results[0].out, args.npz)
+        if args.png:
+            job.export_png(results[0].out, args.png)
+    return results
+
+
+def make_orders(args: argparse.Namespace, cfg: Config, snapshots: Sequence[str]) -> list[job.Order]:
+    """One order for each snapshot and each combination of swept values, snapshot by snapshot."""
+    axes = [_axis(text) for text in args.sweep]
+    orders = []
+    for url in snapshots:
+        for point in itertools.product(*axes):
+            values = cfg.model_dump(mode="json")
+            for key, value in point:
+                apply_override(values, f"{key}={value}")
+            sampling = validate(values, "--sweep").sampling
+            name = "-".join(f"{key.rpartition('.')[2]}={value}" for key, value in point)
+            out = _out(args, cfg, url)
+            if len(snapshots) > 1:
+                out = storage.join(out, url.rstrip("/").rpartition("/")[2])
+            orders.append(
+                job.Order(
+                    snapshot=url,
+                    out=storage.join(out, name) if name else out,
+                    num_samples=args.num_samples if args.num_samples is not None else cfg.evaluation.num_samples,
+                    seed=args.seed,
+                    labels=args.labels,
+                    sampling=sampling,
+                )
+            )
+    return orders
+
+
+def describe(result: job.Result) -> str:
+    """One line of JSON for programs that read the job's output."""
+    manifest = result.manifest
+    return json.dumps(
+        {
+            "samples": result.out,
+            "num_samples": manifest.num_samples,
+            "made": result.made,
+            "duplicates": result.duplicates,
+            "grid": result.grid,
+            "snapshot": manifest.snapshot,
+            "step": manifest.step,
+        }
+    )
+
+
+def workers(text: str | None, cfg: Config) -> tuple[int, int]:
+    """(min, max) of `N` or `MIN:MAX`; cluster.workers by default."""
+    if text is None:
+        return cfg.worker_range
+    low, _, high = text.partition(":")
+    try:
+        bounds = int(low), int(high or low)
+    except ValueError:
+        bounds = 0, 0
+    if not 1 <= bounds[0] <= bounds[1]:
+        raise SamplingError(f"--workers {text}: expected N or MIN:MAX with 1 ≤ MIN ≤ MAX, such as 4 or 1:8")
+    return bounds
+
+
+def stored_config(url: str, overrides: Sequence[str]) -> Config:
+    """The configuration stored in a snapshot, with overrides that change no images of the training."""
+    for override in overrides:
+        if override.partition(".")[0] not in _FREE_SECTIONS:
+            raise ConfigError(
+                f"{override!r}: without --config, the snapshot's own configuration holds; only "
+                f"{', '.join(f'{section}.*' for section in _FREE_SECTIONS)} may be given"
+            )
+    info = snapshot.load_info(url)
+    text = info["config"]
+    values: Any = parse_yaml(text, url) if text else _minimal(url, info)
+    for override in overrides:
+        apply_override(values, override)
+    return validate(values, storage.redact(url))
+
+
+def print_if_asked(args: argparse.Namespace, cfg: Config | None) -> None:
+    if args.print_config and cfg is not None:
+        print(dump_config(cfg), end="")
+        sys.exit(0)
+
+
+def _minimal(url: str, info: dict[str, Any]) -> dict[str, Any]:
+    """For a snapshot of another program: nothing is known of its training, and sampling's defaults hold."""
+    return {
+        "run": {"url": url},
+        "data": {"url": url, "image_size": info["image_size"], "channels": info["channels"]},
+        "model": {"channel_mult": [1], "attention_resolutions": []},
+        "train": {"steps": 1, "global_batch": 1},
+    }
+
+
+def _newest(cfg: Config | None) -> str:
+    assert cfg is not None
+    url = newest_snapshot(cfg.run.url)
+    if url is None:
+        raise SamplingError(
+            f"run.url: {storage.redact(cfg.run.url)} has no snapshot yet; train it, or give --snapshot URL"
+        )
+    return url
+
+
+def _out(args: argparse.Namespace, cfg: Config, url: str) -> str:
+    if args.out:
+        return str(args.out)
+    if not args.config:
+        raise SamplingError("give --out URL, the folder for the samples")
+    step = url.rstrip("/").rpartition("/")[2]
+    return storage.join(cfg.run.url, "samples", f"{step}-seed{args.seed}")
+
+
+def _axis(text: str) -> list[tuple[str, str]]:
+    key, equals, values = text.partition("=")
+    if not equals or not key.startswith("sampling."):
+        raise SamplingError(f"--sweep {text}: expected sampling.key=value,value, such as sampling.steps=10,50,100")
+    return [(key, value) for value in values.split(",")]

@@ -1,0 +1,297 @@
+"""A sampling job: any number of images, spread over whatever is free, resumable at any point.
+
+The folder of a job:
+
+    manifest.json        what the job is; decides whether a folder may be gone on with
+    samples-A-B.tar      images A … B − 1 (PNG or raw), one WebDataset shard per unit
+    index/, index.json   so that `data/` streams them like any other set; index.json is written last
+    receipts/A-B.json    a unit is done when its receipt is there
+    grid.png             the first images, for people
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ddpm_dist
+from ddpm_dist import snapshot, storage
+from ddpm_dist.config import ClusterConfig, SamplingConfig
+from ddpm_dist.data import decode
+from ddpm_dist.data.index import NO_LABEL, DataIndex, load_index, load_table
+from ddpm_dist.data.writer import write_index
+from ddpm_dist.distributed.ray_pool import ActorPool, Done
+from ddpm_dist.errors import NotFoundError, SamplingError
+from ddpm_dist.sampling.images import NpzWriter, grid_png
+from ddpm_dist.sampling.plan import MANIFEST, Fingerprint, Labels, Manifest, Unit, settle
+from ddpm_dist.sampling.progress import Progress
+from ddpm_dist.sampling.worker import Probe, ProbeTask, Receipt, SampleWorker, UnitTask
+
+log = logging.getLogger(__name__)
+
+GRID_IMAGES = 64
+GRID = "grid.png"
+_READERS = 16
+
+
+@dataclass(frozen=True)
+class Order:
+    """One set of samples that is wanted; several in one job are a sweep."""
+
+    snapshot: str
+    out: str
+    num_samples: int
+    seed: int = 0
+    labels: str | None = None
+    """random, none, all, or classes such as 3 or 0,1,2; None: random for a conditional network."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished set of samples."""
+
+    out: str
+    manifest: Manifest
+    made: int
+    """Images made by this call; the others were there."""
+    duplicates: int
+    """Images whose pixels are those of an earlier one."""
+    grid: str
+
+
+def run(
+    orders: Sequence[Order], workers: tuple[int, int], cluster: ClusterConfig, pool: ActorPool | None = None
+) -> list[Result]:
+    """Makes what is missing of all orders with one pool of workers, and finishes each folder.
+
+    Raises SamplingError naming the units that failed (all others are there then), ClusterError if no
+    workers come, SnapshotError or StorageError before anything is written.
+    """
+    _check_distinct(orders)
+    drafts = [_draft(order) for order in orders]
+    if pool is not None:
+        return _run(orders, drafts, pool)
+    with ActorPool(worker_factory(cluster), workers, cluster) as own:
+        return _run(orders, drafts, own)
+
+
+def worker_factory(cluster: ClusterConfig) -> "partial[SampleWorker]":
+    """Makes a SampleWorker on what the cluster's settings give to each worker."""
+    return partial(SampleWorker, max(1, int(cluster.cpus_per_worker)), "cuda" if cluster.gpus_per_worker else "cpu")
+
+
+def _run(orders: Sequence[Order], drafts: Sequence["_Draft"], pool: ActorPool) -> list[Result]:
+    manifests = _settle_all(orders, drafts, pool)
+    tasks: list[UnitTask] = []
+    for order, manifest in zip(orders, manifests, strict=True):
+        missing = missing_units(order.out, manifest)
+        text = manifest.model_dump_json()
+        tasks += [UnitTask(order.out, text, unit) for unit in missing]
+    made = _make(tasks, manifests, pool)
+    return [_finish(o.out, m, made.get(o.out, 0)) for o, m in zip(orders, manifests, strict=True)]
+
+
+def missing_units(out: str, manifest: Manifest) -> list[Unit]:
+    """Units without a receipt, in order."""
+    there = storage.list_objects(storage.join(out, "receipts"))
+    return [unit for unit in manifest.units if unit.receipt.rpartition("/")[2] not in there]
+
+
+def _make(tasks: Sequence[UnitTask], manifests: Sequence[Manifest], pool: ActorPool) -> dict[str, int]:
+    """Has all tasks done; returns {folder: images made}."""
+    made: dict[str, int] = {}
+    failed: list[str] = []
+    total = sum(manifest.num_samples for manifest in manifests)
+    wanted = sum(task.unit.stop - task.unit.start for task in tasks)
+    if wanted < total:
+        log.info("%s of %s images are there already", f"{total - wanted:,}", f"{total:,}")
+    progress = Progress("sampling", total, total - wanted)
+    for outcome in pool.map(tasks):
+        task, count = outcome.task, outcome.task.unit.stop - outcome.task.unit.start
+        if isinstance(outcome, Done):
+            made[task.out] = made.get(task.out, 0) + count
+            progress.add(count, pool.alive)
+        else:
+            failed.append(f"{task}: {outcome.error}")
+            log.error("given up: %s", failed[-1])
+    if failed:
+        raise SamplingError(
+            f"{len(failed)} of {len(tasks)} units failed, all others are there; the same command tries them again:\n  "
+            + "\n  ".join(failed)
+        )
+    return made
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """An order, checked against its snapshot; what only a worker can tell is still open."""
+
+    info: dict[str, Any]
+    snapshot_id: str
+    stored: Manifest | None
+
+
+def _draft(order: Order) -> _Draft:
+    if order.num_samples < 1:
+        raise SamplingError(f"--num-samples {order.num_samples}: at least 1 is needed")
+    info = snapshot.load_info(order.snapshot)
+    Labels.parse(order.labels, info["null_label"])
+    if info["null_label"] is None and order.sampling.guidance_scale != 1:
+        raise SamplingError(
+            f"sampling.guidance_scale: {order.sampling.guidance_scale}: this snapshot's network is unconditional, it "
+            "can't be guided; use 1"
+        )
+    storage.check_access(order.out)
+    stored = load_manifest(order.out)
+    if stored is None and storage.list_names(order.out):
+        raise SamplingError(
+            f"--out {storage.redact(order.out)}: holds objects, but no {MANIFEST} of a sampling job; use another --out"
+        )
+    return _Draft(info, snapshot.snapshot_id(order.snapshot), stored)
+
+
+def _settle_all(orders: Sequence[Order], drafts: Sequence[_Draft], pool: ActorPool) -> list[Manifest]:
+    """Manifests to work by, published; a worker is asked for what a new job has to fix."""
+    probes = {
+        number: ProbeTask(order.snapshot, order.sampling.model_dump_json(), _at_least(order.num_samples))
+        for number, (order, draft) in enumerate(zip(orders, drafts, strict=True))
+        if draft.stored is None
+    }
+    # One worker answers for a whole sweep: what it says of itself has to be one.
+    answers: dict[ProbeTask, Probe] = {}
+    for outcome in pool.map(dict.fromkeys(probes.values())):
+        if not isinstance(outcome, Done):
+            raise outcome.error
+        answers[outcome.task] = outcome.value
+    manifests = []
+    for number, (order, draft) in enumerate(zip(orders, drafts, strict=True)):
+        if draft.stored is None:
+            probe = answers[probes[number]]
+            fingerprint, batch_size = probe.fingerprint, probe.batch_size
+        else:
+            fingerprint = draft.stored.fingerprint
+            batch_size = order.sampling.batch_size or draft.stored.batch_size
+        wanted = _manifest(order, draft, fingerprint, batch_size)
+        manifests.append(_claim(order.out, draft.stored, wanted))
+    return manifests
+
+
+def _claim(out: str, stored: Manifest | None, wanted: Manifest) -> Manifest:
+    """The settled manifest, in its place; of two jobs that begin at once, one's manifest holds for both."""
+    url = storage.join(out, MANIFEST)
+    if stored is None and not storage.create(url, wanted.dump()):
+        stored = load_manifest(out)
+    manifest = settle(stored, wanted, storage.redact(out))
+    if stored is not None and manifest != stored:
+        storage.publish(url, manifest.dump())
+    return manifest
+
+
+def _manifest(order: Order, draft: _Draft, fingerprint: Fingerprint, batch_size: int) -> Manifest:
+    info = draft.info
+    return Manifest(
+        snapshot=order.snapshot,
+        snapshot_id=draft.snapshot_id,
+        step=info["step"],
+        images_seen=info["images_seen"],
+        kind=info["kind"],
+        image_size=info["image_size"],
+        channels=info["channels"],
+        num_classes=info["null_label"],
+        seed=order.seed,
+        num_samples=order.num_samples,
+        labels=Labels.parse(order.labels, info["null_label"]).spec,
+        sampling=order.sampling.model_copy(update={"batch_size": batch_size}),
+        fingerprint=fingerprint,
+        versions={"ddpm_dist": ddpm_dist.__version__, "ray": version("ray"), "torch": str(torch.__version__)},
+    )
+
+
+def load_manifest(out: str) -> Manifest | None:
+    """The manifest of a job's folder; None if there is none."""
+    url = storage.join(out, MANIFEST)
+    try:
+        return Manifest.model_validate_json(storage.read(url))
+    except NotFoundError:
+        return None
+    except ValueError as error:
+        raise SamplingError(f"{storage.redact(url)}: not the manifest of a sampling job: {error}") from None
+
+
+def _finish(out: str, manifest: Manifest, made: int) -> Result:
+    """Index and grid, from the receipts of all units."""
+    urls = [storage.join(out, unit.receipt) for unit in manifest.units]
+    with ThreadPoolExecutor(_READERS) as readers:
+        receipts = [Receipt.load(data) for data in readers.map(storage.read, urls)]
+    digests = [digest for receipt in receipts for digest in receipt.digests]
+    duplicates = len(digests) - len(set(digests))
+    if duplicates:
+        log.warning("%s: %d of %d images equal an earlier one, pixel by pixel", out, duplicates, len(digests))
+    about = {"made_by": "ddpm_dist sampling", "snapshot_id": manifest.snapshot_id, "seed": manifest.seed}
+    index = write_index(out, [receipt.written for receipt in receipts], about=about)
+    grid = storage.join(out, GRID)
+    storage.publish(grid, grid_png(_first(index, GRID_IMAGES)))
+    return Result(out, manifest, made, duplicates, grid)
+
+
+def _first(index: DataIndex, count: int) -> Tensor:
+    parts, left = [], count
+    for images, _ in read_samples(index):
+        parts.append(images[:left])
+        left -= len(parts[-1])
+        if left <= 0:
+            break
+    return torch.cat(parts)
+
+
+def read_samples(index: DataIndex) -> Iterator[tuple[Tensor, list[int] | None]]:
+    """(images uint8 [n, C, H, W], labels) of each shard of finished samples, in order of their indices."""
+    for shard in index.shards:
+        data = storage.read(storage.join(index.url, shard.name))
+        rows = load_table(index.url, shard).rows
+        files = [data[row["offset"] : row["offset"] + row["size"]] for row in rows]
+        images = torch.stack([torch.from_numpy(decode.decode(file).copy()) for file in files]).permute(0, 3, 1, 2)
+        labels = [int(label) for label in rows["label"]]
+        yield images, None if NO_LABEL in labels else labels
+
+
+def export_npz(out: str, url: str) -> None:
+    """Writes finished samples as one .npz (arr_0 uint8 [N, H, W, C]; arr_1 labels), as ADM's evaluator reads it."""
+    index, manifest = load_index(out), load_manifest(out)
+    assert manifest is not None
+    writer = NpzWriter(url, index.num_samples, manifest.shape)
+    for images, labels in read_samples(index):
+        writer.add(images, labels)
+    writer.close()
+
+
+def export_png(out: str, url: str) -> None:
+    """Writes finished samples as a folder of PNG files, `<label>/<index>.png` or `<index>.png`."""
+    number = 0
+    with ThreadPoolExecutor(_READERS) as writers:
+        for images, labels in read_samples(load_index(out)):
+            names = [f"{number + i:09d}.png" for i in range(len(images))]
+            if labels is not None:
+                names = [f"{label}/{name}" for label, name in zip(labels, names, strict=True)]
+            files = [decode.encode_png(image) for image in images.permute(0, 2, 3, 1).contiguous().numpy()]
+            urls = [storage.join(url, name) for name in names]
+            list(writers.map(storage.publish, urls, files))
+            number += len(images)
+
+
+def _check_distinct(orders: Sequence[Order]) -> None:
+    folders = [order.out.rstrip("/") for order in orders]
+    if len(set(folders)) < len(folders):
+        raise SamplingError("two sets of samples of one job can't share an --out")
+
+
+def _at_least(count: int) -> int:
+    """The smallest power of two that is no less."""
+    return 1 << (count - 1).bit_length()

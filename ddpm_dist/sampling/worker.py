@@ -1,0 +1,253 @@
+"""The worker of a sampling job: makes the images of a unit and publishes them, the same bytes wherever it runs."""
+
+import hashlib
+import json
+import logging
+import resource
+import threading
+from collections import OrderedDict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_dist import snapshot, storage
+from ddpm_dist.config import SamplingConfig
+from ddpm_dist.data import decode
+from ddpm_dist.data.index import ShardInfo
+from ddpm_dist.data.writer import EncodedSample, ShardSummary, WrittenShard, write_shard
+from ddpm_dist.diffusion.denoiser import Network
+from ddpm_dist.diffusion.gaussian import GaussianDiffusion
+from ddpm_dist.diffusion.samplers import check_settings, sample
+from ddpm_dist.errors import SamplingError, WorkerRefusedError
+from ddpm_dist.sampling.capture import captured
+from ddpm_dist.sampling.images import to_uint8
+from ddpm_dist.sampling.plan import Fingerprint, Manifest, Unit
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MAX_BATCH = 128
+SNAPSHOTS_KEPT = 2
+MEMORY_SHARE = 0.5
+"""Share of the free memory that a batch may take."""
+
+
+@dataclass(frozen=True)
+class ProbeTask:
+    """Asks what this worker is, and how many images it computes at once."""
+
+    snapshot: str
+    sampling: str
+    """SamplingConfig as JSON."""
+    bound: int
+    """Most images that the job has use for at once."""
+
+    def __str__(self) -> str:
+        return f"probe of {storage.redact(self.snapshot)}"
+
+
+@dataclass(frozen=True)
+class Probe:
+    fingerprint: Fingerprint
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class UnitTask:
+    """Asks for one unit of a job."""
+
+    out: str
+    manifest: str
+    """Manifest as JSON."""
+    unit: Unit
+
+    def __str__(self) -> str:
+        return f"images {self.unit.start}..{self.unit.stop - 1} of {storage.redact(self.out)}"
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What is known of a published unit."""
+
+    written: WrittenShard
+    digests: tuple[str, ...]
+    """64 bits of a hash of each image's pixels, in hex: equal ones tell of images that were made twice."""
+
+    def dump(self) -> bytes:
+        return (json.dumps(asdict(self), sort_keys=True) + "\n").encode()
+
+    @classmethod
+    def load(cls, data: bytes) -> "Receipt":
+        values = json.loads(data)
+        summary = values["written"]["summary"]
+        for name in ("min_size", "max_size"):
+            summary[name] = tuple(summary[name])
+        written = WrittenShard(ShardInfo(**values["written"]["info"]), ShardSummary(**summary))
+        return cls(written, tuple(values["digests"]))
+
+
+class SampleWorker:
+    """Does ProbeTasks and UnitTasks. Thread-safe: one unit is computed while another one is published."""
+
+    def __init__(self, threads: int, device: str) -> None:
+        """device: cpu or cuda."""
+        torch.set_num_threads(threads)
+        if device == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+            torch.backends.cudnn.benchmark = False  # its choice of kernels would differ from worker to worker
+        self._device = torch.device(device)
+        self._computing = threading.Lock()
+        self._networks: OrderedDict[tuple[str, str], tuple[Network, GaussianDiffusion]] = OrderedDict()
+        self.loads = 0
+        """Times that a snapshot was read."""
+
+    def __call__(self, task: ProbeTask | UnitTask) -> Any:
+        return self.probe(task) if isinstance(task, ProbeTask) else self.unit(task)
+
+    def probe(self, task: ProbeTask) -> Probe:
+        settings = SamplingConfig.model_validate_json(task.sampling)
+        with self._computing:
+            network, diffusion = self._network(task.snapshot, settings.precision)
+            check_settings(settings, diffusion)
+            info = snapshot.load_info(task.snapshot)
+            batch_size = settings.batch_size or self._largest_batch(network, info, settings, task.bound)
+        return Probe(self.fingerprint(), batch_size)
+
+    def unit(self, task: UnitTask) -> Receipt:
+        """Publishes the unit's shard and then its receipt."""
+        manifest = Manifest.model_validate_json(task.manifest)
+        self._refuse_unless_alike(manifest.fingerprint)
+        with self._computing:
+            images, labels = self.images(manifest, task.unit)
+        written = write_shard(task.out, task.unit.shard, _encode(manifest, task.unit, images, labels))
+        receipt = Receipt(written, tuple(_digest(image) for image in images))
+        storage.publish(storage.join(task.out, task.unit.receipt), receipt.dump())
+        return receipt
+
+    def images(self, manifest: Manifest, unit: Unit) -> tuple[Tensor, Tensor | None]:
+        """uint8 [N, C, H, W] and labels [N] int64 or None of a unit's images."""
+        network, diffusion = self._network(manifest.snapshot, manifest.sampling.precision)
+        rule = manifest.label_rule
+        parts = []
+        for indices in unit.batches(manifest.batch_size):
+            x = sample(
+                network,
+                diffusion,
+                manifest.sampling,
+                seed=manifest.seed,
+                indices=indices,
+                shape=manifest.shape,
+                labels=rule(indices, manifest.seed),
+                null_label=manifest.num_classes,
+                device=self._device,
+            )
+            if not x.isfinite().all():
+                raise SamplingError(
+                    f"images {int(indices[0])}..{int(indices[-1])} are not finite; is the snapshot of a run that "
+                    f"diverged, or sampling.precision: {manifest.sampling.precision} too small for it?"
+                )
+            parts.append(to_uint8(x).cpu())
+        count = unit.stop - unit.start
+        return torch.cat(parts)[:count], rule(torch.arange(unit.start, unit.stop), manifest.seed)
+
+    def fingerprint(self) -> Fingerprint:
+        """What this worker's images depend on beside the job's settings."""
+        return Fingerprint(
+            device=device_kind(self._device), threads=torch.get_num_threads(), torch=str(torch.__version__)
+        )
+
+    def _refuse_unless_alike(self, wanted: Fingerprint) -> None:
+        here = self.fingerprint()
+        if here != wanted:
+            raise WorkerRefusedError(f"it would make other images: this job is fixed to {wanted}, it has {here}")
+
+    def _network(self, url: str, precision: str) -> tuple[Network, GaussianDiffusion]:
+        key = (url, precision)
+        if key not in self._networks:
+            unet, diffusion = snapshot.load_snapshot(url)
+            unet = unet.to(self._device, DTYPES[precision]).eval().requires_grad_(False)
+            call = captured(unet, self._device)
+
+            def network(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+                return call(x, t, labels).float()
+
+            self._networks[key] = network, diffusion
+            self.loads += 1
+            log.info("loaded %s (%d. load of this worker)", storage.redact(url), self.loads)
+            while len(self._networks) > SNAPSHOTS_KEPT:
+                self._networks.popitem(last=False)
+        self._networks.move_to_end(key)
+        return self._networks[key]
+
+    @torch.no_grad()
+    def _largest_batch(self, network: Network, info: dict[str, Any], settings: SamplingConfig, bound: int) -> int:
+        """The largest power of two, up to the bound, whose evaluation fits MEMORY_SHARE of the free memory."""
+        bound = min(MAX_BATCH, bound, settings.unit_size)
+        free = _free_bytes(self._device)
+        batch = 1
+        while True:
+            shape = (batch * (2 if settings.guidance_scale != 1 else 1), info["channels"], *[info["image_size"]] * 2)
+            labels = None if info["null_label"] is None else torch.zeros(shape[0], dtype=torch.long)
+            labels = labels.to(self._device) if labels is not None else None
+            before = _used_bytes(self._device)
+            try:
+                network(torch.zeros(shape, device=self._device), torch.zeros(shape[0], device=self._device), labels)
+            except torch.cuda.OutOfMemoryError:
+                return max(1, batch // 2)
+            used = _peak_bytes(self._device) - before
+            if 2 * batch > bound or 2 * used > MEMORY_SHARE * free:
+                return batch
+            batch *= 2
+
+
+def device_kind(device: torch.device) -> str:
+    """`cpu AVX512 bf16`, `cuda NVIDIA A100-SXM4-80GB`: what decides which kernels run."""
+    if device.type == "cuda":
+        return f"cuda {torch.cuda.get_device_name(device)}"
+    extensions = {"bf16": torch.cpu._is_avx512_bf16_supported, "amx": torch.cpu._is_amx_tile_supported}
+    return " ".join(
+        ["cpu", torch.backends.cpu.get_cpu_capability(), *(n for n, there in extensions.items() if there())]
+    )
+
+
+def _encode(manifest: Manifest, unit: Unit, images: Tensor, labels: Tensor | None) -> list[EncodedSample]:
+    raw = manifest.sampling.format == "raw"
+    encode = decode.encode_raw if raw else decode.encode_png
+    samples = []
+    for offset, image in enumerate(images.permute(0, 2, 3, 1).contiguous().numpy()):
+        label = None if labels is None else int(labels[offset])
+        samples.append(EncodedSample(f"{unit.start + offset:09d}", encode(image), "npy" if raw else "png", label))
+    return samples
+
+
+def _digest(image: Tensor) -> str:
+    return hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=8).hexdigest()
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 2**62  # no Linux: the bound decides
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 2**62)
+
+
+def _used_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return int(torch.cuda.memory_allocated(device))
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
