@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         info = {key: value for key, value in load_info(args.source).items() if key in ("kind", "null_label", "config")}
     expected = output_checksum(unet, diffusion.timesteps)
     if args.checksum and not np.allclose(args.checksum, expected, rtol=CHECKSUM_RTOL, atol=1e-6):
-        raise SnapshotError(f"{args.source}: output checksum {_show(expected)}, --checksum is {_show(args.checksum)}")
+        raise SnapshotError(f"{args.source}: output checksum {_show(expected)}; --checksum is {_show(args.checksum)}")
     info |= {"converted_from": storage.redact(args.source), "output_checksum": expected}
     save_snapshot(args.destination, unet, unet.config, diffusion, info)
     if output_checksum(load_snapshot(args.destination)[0], diffusion.timesteps) != expected:
