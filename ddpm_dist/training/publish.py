@@ -12,11 +12,15 @@ from torch import Tensor
 
 from ddpm_dist import snapshot
 from ddpm_dist.config import Config
+from ddpm_dist.diffusion.gaussian import GaussianDiffusion
 from ddpm_dist.diffusion.samplers import sample
+from ddpm_dist.distributed.engine import Engine
+from ddpm_dist.distributed.pieces import all_addresses, gather_full
 from ddpm_dist.distributed.world import World
+from ddpm_dist.models.unet import UNet, UNetConfig
 from ddpm_dist.recipe import dump_config
 from ddpm_dist.training import run_folder
-from ddpm_dist.training.ema import Ema
+from ddpm_dist.training.ema import MAIN, Ema
 from ddpm_dist.training.metrics import EventLog, image_grid
 
 log = logging.getLogger(__name__)
@@ -30,18 +34,20 @@ class SnapshotPublisher:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="snapshot")
         self._pending: Future[None] | None = None
 
-    def publish(self, ema: Ema, step: int) -> None:
-        """step: optimizer steps done. All ranks call it; it returns when the weights are copied."""
+    def publish(self, engine: Engine, ema: Ema, step: int) -> None:
+        """step: optimizer steps done. All ranks call it; it returns when weights are gathered and the grid is drawn."""
         self.wait()
-        network, diffusion = snapshot.build(self._cfg)
-        weights = ema.gather(self._world)
-        network.load_state_dict(weights)
-        network.eval()
-        if self._cfg.logging.grid_images:
-            images = self._sample_grid(network.to(self._world.device), diffusion)
+        cfg, world = self._cfg, self._world
+        addresses = all_addresses(engine.pieces(), world)
+        wants_grid = cfg.logging.grid_images > 0
+        weights = dict(gather_full(ema.averages[MAIN], addresses, engine.shapes, world, everywhere=wants_grid))
+        network, diffusion = snapshot.build(cfg)
+        if wants_grid:
+            network.load_state_dict(weights)
+            images = self._sample_grid(network.eval().to(world.device), diffusion)
             if self._events is not None:
                 self._events.image("samples/ema", image_grid(images), step)
-        if self._world.rank == 0:
+        if world.is_first:
             self._pending = self._pool.submit(self._upload, weights, network.config, diffusion, step)
 
     def wait(self) -> None:
@@ -54,7 +60,7 @@ class SnapshotPublisher:
         self.wait()
         self._pool.shutdown()
 
-    def _upload(self, weights: dict[str, Tensor], config: object, diffusion: object, step: int) -> None:
+    def _upload(self, weights: dict[str, Tensor], config: UNetConfig, diffusion: GaussianDiffusion, step: int) -> None:
         cfg = self._cfg
         info = {
             "kind": "ema",
@@ -67,7 +73,7 @@ class SnapshotPublisher:
         log.info("snapshot of step %d: %s", step, url)
 
     @torch.no_grad()
-    def _sample_grid(self, network: torch.nn.Module, diffusion: object) -> Tensor:
+    def _sample_grid(self, network: UNet, diffusion: GaussianDiffusion) -> Tensor:
         """[grid_images, C, H, W] uint8 on all ranks; image i has the noise of index i."""
         cfg, world = self._cfg, self._world
         each = -(-cfg.logging.grid_images // world.size)

@@ -87,10 +87,12 @@ def _forward_backward(
     x_start = to_model_range(images.to(world.device, non_blocking=True))
     t, weight = draw_t(cfg.diffusion, seed, step, places, batch, history, device=world.device)
     eps = rng.normal(seed, Purpose.EPS, image_numbers, x_start.shape[1:])
-    if labels is not None:
+    null = cfg.model.num_classes
+    if null is None:
+        labels = None
+    if labels is not None and null is not None:
         labels = labels.to(world.device, non_blocking=True)
         if cfg.diffusion.label_dropout:
-            null = cfg.model.num_classes
             labels = drop_labels(labels, null, cfg.diffusion.label_dropout, seed, step, places, batch)
     if cfg.model.dropout:
         torch.manual_seed(rng.fold(seed, step, world.rank))  # dropout's masks depend on this step alone
@@ -107,4 +109,4 @@ def _forward_backward(
 
 def to_model_range(images: Tensor) -> Tensor:
     """[B, C, H, W] uint8 in 0..255 to float32 in [-1, 1] (section 3.3 of Ho et al. 2020)."""
-    return images.float() / 127.5 - 1.0
+    return images.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1.0

@@ -1,0 +1,112 @@
+"""Who may use a run's folder, and with which configuration."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ddpm_dist import storage
+from ddpm_dist.errors import ClaimError, ConfigError
+from ddpm_dist.recipe import parse_config
+from ddpm_dist.training import run_folder
+
+RECIPE = """
+run: {{url: "{url}"}}
+data: {{url: memory://data, image_size: 8, channels: 1}}
+model: {{channels: 32, channel_mult: [1], attention_resolutions: []}}
+train: {{steps: 10, global_batch: 12}}
+"""
+
+
+@pytest.fixture
+def url(tmp_path) -> str:
+    return (tmp_path / "run").as_uri()
+
+
+def config(url: str, *overrides: str):
+    return parse_config(RECIPE.format(url=url), overrides)
+
+
+def lease(url: str, **changes) -> None:
+    values = {"token": "a", "host": "elsewhere", "boot": "x", "pid": 1, "step": 5, "beat": 1, "time": time.time()}
+    storage.publish(f"{url}/lease.json", json.dumps({**values, "released": False, **changes}).encode())
+
+
+def test_same_configuration_may_go_on_and_free_keys_may_change(url) -> None:
+    run_folder.prepare(config(url))
+    run_folder.prepare(config(url, "cluster.workers=2", "logging.every_steps=3"))
+    assert b"every_steps: 3" in storage.read(f"{url}/config.yaml")
+
+
+def test_steps_may_grow(url, caplog) -> None:
+    run_folder.prepare(config(url))
+    caplog.set_level("INFO")
+    run_folder.prepare(config(url, "train.steps=20"))
+    assert "train.steps: 10 -> 20" in caplog.text
+
+
+def test_another_configuration_is_refused_with_the_list(url) -> None:
+    run_folder.prepare(config(url))
+    before = storage.read(f"{url}/config.yaml")
+    with pytest.raises(ConfigError, match=r"(?s)another configuration.*diffusion\.prediction: eps -> v") as e:
+        run_folder.prepare(config(url, "train.lr=0.1", "diffusion.prediction=v"))
+    assert "train.lr: 0.0002 -> 0.1" in str(e.value)
+    assert "run.init_from" in str(e.value)
+    assert storage.read(f"{url}/config.yaml") == before
+
+
+def test_a_released_lease_and_one_of_a_dead_process_are_no_obstacle(url) -> None:
+    lease(url, released=True)
+    run_folder.take_over(url, "b")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    lease(url, host=os.uname().nodename, boot=run_folder._boot_id(), pid=dead.pid)
+    start = time.monotonic()
+    run_folder.take_over(url, "b")
+    assert time.monotonic() - start < run_folder.LEASE_S / 2
+
+
+def test_the_same_job_keeps_its_lease(url) -> None:
+    lease(url)
+    run_folder.take_over(url, "a")
+
+
+def test_a_silent_owner_is_replaced_after_the_lease(url, monkeypatch) -> None:
+    monkeypatch.setattr(run_folder, "LEASE_S", 1.5)
+    lease(url)
+    run_folder.take_over(url, "b")
+
+
+def test_a_living_owner_is_named(url) -> None:
+    living = run_folder.Lease(url, "a")
+    try:
+        living.step = 123
+        with pytest.raises(ClaimError, match=rf"in use by process {os.getpid()} on .*stop"):
+            run_folder.take_over(url, "b")
+    finally:
+        living.release()
+    run_folder.take_over(url, "b")
+
+
+def test_a_stop_object_is_noticed_and_removed_when_obeyed(url, monkeypatch) -> None:
+    monkeypatch.setattr(run_folder, "RENEW_S", 0.2)
+    held = run_folder.Lease(url, "a")
+    assert not held.stop_requested
+    storage.publish(f"{url}/stop", b"")
+    deadline = time.monotonic() + 30
+    while not held.stop_requested and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert held.stop_requested
+    held.release()
+    assert not storage.exists(f"{url}/stop")
+
+
+def test_newest_snapshot_is_the_newest_whole_one(url) -> None:
+    assert run_folder.newest_snapshot(url) is None
+    for step in (10, 9):
+        storage.publish(f"{run_folder.snapshot_url(url, step)}/model_index.json", b"{}")
+    storage.publish(f"{run_folder.snapshot_url(url, 11)}/unet/config.json", b"{}")
+    assert run_folder.newest_snapshot(url) == run_folder.snapshot_url(url, 10)

@@ -1,0 +1,222 @@
+"""Quality at equal images seen: our recipe beside diffusers' training example and lucidrains' library.
+
+    python tools/bench_quality.py digits
+    python tools/bench_quality.py digits --arms ours,diffusers,lucidrains --images 100000 --seeds 3
+
+Every arm trains on the same images for as many images, in float32 on one thread, and 1,797 images (or as many as
+the set has, up to 5,000) are drawn from its EMA weights by 50 steps of deterministic DDIM. Printed: Fréchet
+distances to the whole set in pixels and in EfficientNet-Lite0 features, each beside the floor between two halves of
+the set. `ours` is the real system (launch/train_deepspeed.py with the recipe). The peers take the same number of
+parameters, learning rate 1e-3 and EMA 0.995. lucidrains' library needs torchvision, so it lives in a virtual
+environment of its own: --lucidrains PYTHON. Last line: one JSON object.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from ddpm_dist import snapshot  # noqa: E402
+from ddpm_dist.config import DiffusionConfig, SamplingConfig  # noqa: E402
+from ddpm_dist.data.stream import iterate  # noqa: E402
+from ddpm_dist.diffusion.gaussian import GaussianDiffusion  # noqa: E402
+from ddpm_dist.diffusion.samplers import sample  # noqa: E402
+from ddpm_dist.evaluation.distances import frechet_of_features  # noqa: E402
+from ddpm_dist.evaluation.features import Pixel, lite0  # noqa: E402
+from ddpm_dist.recipe import load_config  # noqa: E402
+
+RECIPES = {"digits": "digits", "fashion-mnist": "fashion-mnist", "emoji": "emoji32"}
+SAMPLER = SamplingConfig(sampler="ddim", steps=50)
+LR, EMA_DECAY, BATCH = 1e-3, 0.995, 128
+MAX_SAMPLES = 5000
+CHUNK = 256
+
+
+def main() -> None:
+    """Trains each arm for each seed, alternating, and prints the table."""
+    args = _arguments()
+    work = Path(tempfile.mkdtemp(prefix="ddpm-quality-"))
+    data_url = _make_data(args.data, work)
+    real = torch.stack([torch.as_tensor(s.image) for s in iterate(data_url)])
+    judge = Judge(real)
+    print(f"{len(real)} images {tuple(real.shape[1:])}; floor between halves: {judge.floor()}", flush=True)
+    results: dict[str, list[dict[str, float]]] = {}
+    for seed in range(args.seeds):
+        for arm in args.arms.split(","):
+            start = time.perf_counter()
+            images = ARMS[arm](args, real, data_url, work, seed)
+            found = judge(images)
+            found["seconds"] = time.perf_counter() - start
+            results.setdefault(arm, []).append(found)
+            print(f"  seed {seed} {arm:10s} " + "  ".join(f"{k} {v:.4g}" for k, v in found.items()), flush=True)
+    print(_report(args, judge.floor(), results))
+
+
+class Judge:
+    """Fréchet distances of uint8 images [N, C, H, W] to the whole real set."""
+
+    def __init__(self, real: Tensor) -> None:
+        self._count = min(len(real), MAX_SAMPLES)
+        self._networks: dict[str, Callable[[Tensor], Tensor]] = {
+            "frechet_lite0": lite0,
+            "frechet_pixel": lambda images: Pixel(tuple(real.shape[1:]))(images).features,
+        }
+        self._real = {name: network(real) for name, network in self._networks.items()}
+
+    def __call__(self, images: Tensor) -> dict[str, float]:
+        return {n: frechet_of_features(network(images), self._real[n]) for n, network in self._networks.items()}
+
+    def floor(self) -> dict[str, float]:
+        """Between two random halves of the real images, so at half the count."""
+        order = torch.randperm(len(self._real["frechet_pixel"]), generator=torch.Generator().manual_seed(0))
+        a, b = order.chunk(2)
+        return {name: round(frechet_of_features(f[a], f[b]), 4) for name, f in self._real.items()}
+
+
+def ours(args: argparse.Namespace, real: Tensor, data_url: str, work: Path, seed: int) -> Tensor:
+    """The real system, one process: `launch/train_deepspeed.py` with the recipe."""
+    recipe = ROOT / "configs" / f"{args.recipe or RECIPES[args.data]}.yaml"
+    cfg = load_config(recipe, [f"run.url={work.as_uri()}/run-{seed}", f"data.url={data_url}", *args.override])
+    steps = args.images // cfg.train.global_batch
+    overrides = [
+        f"run.url={cfg.run.url}", f"run.seed={seed}", f"data.url={data_url}", "cluster.workers=1", "precision=fp32",
+        f"train.steps={steps}", f"checkpoint.snapshot_every_steps={steps}", f"checkpoint.every_steps={steps}",
+        "logging.grid_images=0", *args.override,
+    ]  # fmt: skip
+    if cfg.train.decay_steps:
+        overrides.append(f"train.decay_steps={steps}")
+    command = [sys.executable, str(ROOT / "launch/train_deepspeed.py"), "--config", str(recipe), *overrides]
+    _run(command)
+    unet, diffusion = snapshot.load_snapshot(f"{cfg.run.url}/snapshots/{steps:09d}")
+    return _draw(unet, diffusion, tuple(real.shape[1:]), min(len(real), MAX_SAMPLES), seed)
+
+
+def diffusers(args: argparse.Namespace, real: Tensor, data_url: str, work: Path, seed: int) -> Tensor:
+    """The loop of diffusers' unconditional example: its network, scheduler, AdamW, cosine rate and EMA."""
+    from diffusers import DDPMScheduler, UNet2DModel
+    from diffusers.optimization import get_scheduler
+    from diffusers.training_utils import EMAModel
+
+    torch.manual_seed(seed)
+    channels, size = real.shape[1], real.shape[2]
+    levels = (32, 64) if size == 8 else (32, 64, 64)
+    model = UNet2DModel(
+        sample_size=size, in_channels=channels, out_channels=channels, layers_per_block=2, block_out_channels=levels,
+        down_block_types=("DownBlock2D",) * (len(levels) - 1) + ("AttnDownBlock2D",),
+        up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (len(levels) - 1),
+    )  # fmt: skip
+    print(f"    diffusers: {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
+    steps = args.images // BATCH
+    rates = get_scheduler("cosine", optimizer, num_warmup_steps=min(500, steps // 10), num_training_steps=steps)
+    ema = EMAModel(model.parameters(), decay=EMA_DECAY, use_ema_warmup=False)
+    for x_0 in _batches(real, steps, seed):
+        noise = torch.randn_like(x_0)
+        t = torch.randint(0, 1000, (len(x_0),))
+        loss = torch.nn.functional.mse_loss(model(scheduler.add_noise(x_0, noise, t), t).sample, noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        rates.step()
+        optimizer.zero_grad()
+        ema.step(model.parameters())
+    ema.copy_to(model.parameters())
+    model.eval()
+    process = GaussianDiffusion.from_config(DiffusionConfig())
+    shape = tuple(real.shape[1:])
+    return _draw(lambda x, t, labels: model(x, t).sample, process, shape, min(len(real), MAX_SAMPLES), seed)
+
+
+def lucidrains(args: argparse.Namespace, real: Tensor, data_url: str, work: Path, seed: int) -> Tensor:
+    """denoising-diffusion-pytorch, in its own environment: v-prediction, sigmoid schedule, as its README shows."""
+    images, samples = work / "real.npy", work / f"lucidrains-{seed}.npy"
+    np.save(images, real.numpy())
+    script = ROOT / "tools" / "bench_quality_lucidrains.py"
+    settings = {"images": args.images, "seed": seed, "lr": LR, "ema": EMA_DECAY, "batch": BATCH}
+    count = min(len(real), MAX_SAMPLES)
+    _run([args.lucidrains, str(script), str(images), str(samples), str(count), json.dumps(settings)])
+    return torch.from_numpy(np.load(samples))
+
+
+ARMS = {"ours": ours, "diffusers": diffusers, "lucidrains": lucidrains}
+
+
+@torch.no_grad()
+def _draw(
+    network: Callable[..., Tensor], process: GaussianDiffusion, shape: tuple[int, ...], count: int, seed: int
+) -> Tensor:
+    """[count, C, H, W] uint8 by the common sampler."""
+    c, h, w = shape
+    parts = [
+        sample(network, process, SAMPLER, seed=seed, indices=indices, shape=(c, h, w))
+        for indices in torch.arange(count).split(CHUNK)
+    ]
+    return ((torch.cat(parts) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def _batches(real: Tensor, steps: int, seed: int) -> Iterator[Tensor]:
+    """Shuffled epochs of images in [-1, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.long)
+    for _ in range(steps):
+        if len(order) < BATCH:
+            order = torch.cat((order, torch.randperm(len(real), generator=generator)))
+        yield real[order[:BATCH]].float() / 127.5 - 1
+        order = order[BATCH:]
+
+
+def _make_data(name: str, work: Path) -> str:
+    url = f"{work.as_uri()}/data"
+    _run([sys.executable, str(ROOT / "tools/make_shards.py"), name, url])
+    return url
+
+
+def _run(command: list[str]) -> None:
+    """Runs a command quietly; its output is shown if it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+
+
+def _report(args: argparse.Namespace, floor: dict[str, float], results: dict[str, list[dict[str, float]]]) -> str:
+    summary: dict[str, Any] = {"data": args.data, "images": args.images, "seeds": args.seeds, "floor": floor}
+    for arm, runs in results.items():
+        summary[arm] = {key: round(median(run[key] for run in runs), 4) for key in runs[0]}
+    return json.dumps(summary)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", choices=RECIPES)
+    parser.add_argument("--arms", default="ours,diffusers", help=f"of {', '.join(ARMS)}")
+    parser.add_argument("--images", type=int, default=100_000, help="training images that each arm sees")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--recipe", help="another file of configs/ for ours, such as digits-eps")
+    parser.add_argument("--lucidrains", default="python", metavar="PYTHON", help="of an environment that has it")
+    parser.add_argument("override", nargs="*", metavar="section.key=value", help="for ours")
+    args = parser.parse_args()
+    unknown = set(args.arms.split(",")) - set(ARMS)
+    if unknown:
+        parser.error(f"--arms: no arm is called {sorted(unknown)[0]!r}; there are {', '.join(ARMS)}")
+    torch.set_num_threads(1)
+    return args
+
+
+if __name__ == "__main__":
+    main()
