@@ -1,0 +1,214 @@
+"""The index of a data set: its shards with size, sample count and hash, its schema, its content id.
+
+`index.json` lists the shards. Beside it, `index/<shard>.samples` is the table of a shard: where each
+sample's image lies, its CRC-32, its label and its key. So a reader starts anywhere in a shard without
+parsing tar headers, and sees a flipped byte although it reads only a part of the shard. The chain of
+trust is closed: content id ← hashes of shards and tables ← CRC of each image.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm_dist import storage
+from ddpm_dist.errors import ConfigError, DataError, NotFoundError, ShardError
+
+INDEX_NAME = "index.json"
+TABLE_FOLDER = "index"
+INDEX_FORMAT = "ddpm_dist data index 1"
+TABLE_MAGIC = b"ddpm_dist samples 1\n"
+NO_LABEL = -1
+MAX_SHARD_BYTES = 2**40
+
+ROW = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4"), ("label", "<i4"), ("key_end", "<u4")])
+"""A sample in a table: first byte of its image in the shard, the image's bytes and CRC-32, class, end of its key."""
+
+
+def content_hash(data: bytes | memoryview) -> str:
+    """BLAKE2b-128 of bytes, in hex."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What the index knows of a shard."""
+
+    name: str
+    """Path below the data set's URL."""
+    bytes: int
+    samples: int
+    hash: str
+    """BLAKE2b-128 of the whole object."""
+    table_hash: str
+    """The same of its table."""
+
+
+@dataclass(frozen=True)
+class SampleTable:
+    """Where the samples of one shard lie."""
+
+    rows: NDArray[Any]
+    """[n] of ROW."""
+    keys: bytes
+    """All keys in UTF-8, without separators."""
+
+    def key(self, sample: int) -> str:
+        start = int(self.rows["key_end"][sample - 1]) if sample else 0
+        return self.keys[start : int(self.rows["key_end"][sample])].decode()
+
+    def to_bytes(self) -> bytes:
+        return b"".join((TABLE_MAGIC, len(self.rows).to_bytes(8, "little"), self.rows.tobytes(), self.keys))
+
+    @staticmethod
+    def from_bytes(data: bytes, name: str) -> "SampleTable":
+        """Reads `to_bytes()`; ShardError if it is something else."""
+        start = len(TABLE_MAGIC) + 8
+        count = int.from_bytes(data[len(TABLE_MAGIC) : start], "little")
+        if not data.startswith(TABLE_MAGIC) or len(data) < start + count * ROW.itemsize:
+            raise ShardError(f"{name}: not a table of samples; make it again with tools/index_shards.py")
+        return SampleTable(np.frombuffer(data, ROW, count, start), data[start + count * ROW.itemsize :])
+
+
+@dataclass(frozen=True)
+class Schema:
+    """What the samples of a set look like."""
+
+    formats: Mapping[str, int] = field(default_factory=dict)
+    """Number of images by format: {"png": 1797}."""
+    min_size: tuple[int, int] = (0, 0)
+    max_size: tuple[int, int] = (0, 0)
+    """Smallest and largest (height, width) in pixels."""
+    num_classes: int | None = None
+    """Labels are 0..num_classes−1; none if samples have no label."""
+    class_names: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class DataIndex:
+    """A data set: the index of its shards."""
+
+    url: str
+    shards: tuple[ShardInfo, ...]
+    schema: Schema
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """Free notes, such as source and licence; not part of the content id."""
+
+    @property
+    def num_samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(shard.bytes for shard in self.shards)
+
+    @property
+    def num_classes(self) -> int | None:
+        return self.schema.num_classes
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """[shards] samples of each."""
+        return np.array([shard.samples for shard in self.shards], dtype=np.int64)
+
+    @property
+    def content_id(self) -> str:
+        """Changes with any byte of any shard, with their order, and with shards left out."""
+        digest = hashlib.blake2b(digest_size=16)
+        for shard in self.shards:
+            digest.update(f"{shard.name}\0{shard.samples}\0{shard.hash}\0{shard.table_hash}\n".encode())
+        return digest.hexdigest()
+
+    def without(self, names: Iterable[str]) -> "DataIndex":
+        """The set without some shards, under a new content id; ConfigError for a name that isn't there."""
+        left_out = set(names)
+        unknown = left_out - {shard.name for shard in self.shards}
+        if unknown:
+            raise ConfigError(f"data.exclude_shards: {sorted(unknown)[0]!r} is not a shard of {self.url}")
+        shards = tuple(shard for shard in self.shards if shard.name not in left_out)
+        return DataIndex(self.url, shards, self.schema, self.about)
+
+
+def table_url(url: str, shard: str) -> str:
+    return storage.join(url, TABLE_FOLDER, f"{shard}.samples")
+
+
+def save_index(index: DataIndex) -> None:
+    """Publishes `index.json`; the same index gives the same bytes. One line a shard, for people and diffs."""
+    storage.publish(storage.join(index.url, INDEX_NAME), index_bytes(index))
+
+
+def index_bytes(index: DataIndex) -> bytes:
+    schema = index.schema
+    head = {
+        "format": INDEX_FORMAT,
+        "content_id": index.content_id,
+        "num_samples": index.num_samples,
+        "num_bytes": index.num_bytes,
+        "schema": {
+            "formats": dict(sorted(schema.formats.items())),
+            "min_size": list(schema.min_size),
+            "max_size": list(schema.max_size),
+            "num_classes": schema.num_classes,
+            "class_names": list(schema.class_names) if schema.class_names else None,
+        },
+        "about": dict(index.about),
+    }
+    rows = ",\n".join(json.dumps([s.name, s.bytes, s.samples, s.hash, s.table_hash]) for s in index.shards)
+    return (json.dumps(head, indent=1)[:-2] + ',\n "shards": [\n' + rows + "\n]\n}\n").encode()
+
+
+def load_index(url: str) -> DataIndex:
+    """The index of the data set at a URL; NotFoundError, DataError say what to do where there is none."""
+    place = storage.redact(storage.join(url, INDEX_NAME))
+    try:
+        data = storage.read(storage.join(url, INDEX_NAME))
+    except NotFoundError as error:
+        storage.check_access(url)
+        raise NotFoundError(
+            f"data.url: {place}: {str(error).rpartition(': ')[2]}; tools/make_shards.py writes a data set, "
+            f"tools/index_shards.py indexes one that exists"
+        ) from None
+    try:
+        values = json.loads(data)
+        if values["format"] != INDEX_FORMAT:
+            raise DataError(f"{place}: format {values['format']!r}, this version reads {INDEX_FORMAT!r}")
+        index = DataIndex(url, tuple(ShardInfo(*row) for row in values["shards"]), _schema(values["schema"]))
+        content_id = values["content_id"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{place}: not an index of a data set ({error}); make it again") from None
+    if index.content_id != content_id:
+        raise DataError(f"{place}: altered: its content is {index.content_id}, it says {content_id}")
+    if not index.num_samples:
+        raise DataError(f"{place}: the data set is empty; tools/make_shards.py writes one")
+    return DataIndex(url, index.shards, index.schema, values["about"])
+
+
+def load_table(url: str, shard: ShardInfo) -> SampleTable:
+    """The verified table of a shard; ShardError names the shard if it is missing or altered."""
+    place = table_url(url, shard.name)
+    try:
+        data = storage.read(place)
+    except NotFoundError:
+        raise ShardError(f"{storage.redact(place)}: missing; tools/verify_shards.py checks the whole set") from None
+    if content_hash(data) != shard.table_hash:
+        raise ShardError(f"{storage.redact(place)}: altered: its hash is not the one in {INDEX_NAME}")
+    table = SampleTable.from_bytes(data, storage.redact(place))
+    if len(table.rows) != shard.samples:
+        raise ShardError(f"{storage.redact(place)}: {len(table.rows)} samples, {INDEX_NAME} says {shard.samples}")
+    return table
+
+
+def _schema(values: Mapping[str, Any]) -> Schema:
+    names = values["class_names"]
+    return Schema(
+        values["formats"],
+        tuple(values["min_size"]),
+        tuple(values["max_size"]),
+        values["num_classes"],
+        tuple(names) if names else None,
+    )

@@ -1,0 +1,233 @@
+"""A rank's batches: the same global batches at any number of ranks and workers, from any step on."""
+
+import hashlib
+import logging
+import queue
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm_dist import rng
+from ddpm_dist.config import Config
+from ddpm_dist.data.fetch import ShardReader
+from ddpm_dist.data.index import DataIndex, load_index
+from ddpm_dist.data.order import Order, share_of
+from ddpm_dist.data.stream import Part, parts
+from ddpm_dist.data.workers import worker_parts
+from ddpm_dist.errors import BadSamplesError, ConfigError
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+BATCHES_AHEAD = 2
+"""Finished batches that wait for the training loop."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A rank's places [rB/W, (r+1)B/W) of a global batch."""
+
+    step: int
+    epoch: int
+    images: Tensor
+    """[B/W, C, H, W] uint8, flips applied. Channels lie last in memory, as the decoders leave them: moving
+    them costs more than decoding. `.to(dtype, memory_format=torch.contiguous_format)` moves them for free."""
+    labels: Tensor | None
+    """[B/W] int64."""
+    keys: list[str]
+    bad: dict[str, int]
+    """Samples that this loader couldn't decode so far, by cause."""
+
+
+class Loader:
+    """The batches of one rank. It has no state but the step: `batches(step)` starts anywhere at the same cost."""
+
+    def __init__(self, cfg: Config, rank: int, world: int) -> None:
+        batch = cfg.train.global_batch
+        if batch % world:
+            raise ConfigError(f"train.global_batch: {batch} can't be shared by {world} ranks")
+        self._cfg = cfg
+        self._indexes, weights = open_sets(cfg)
+        self._order = make_order(cfg, self._indexes, weights)
+        self._places = share_of(rank, world, batch)
+        firsts = np.concatenate(([0], np.cumsum([index.num_samples for index in self._indexes])))
+        self._readers = [ShardReader(index, int(first)) for index, first in zip(self._indexes, firsts, strict=False)]
+        self.content_id = content_id(self._indexes, weights)
+        self.steps_per_epoch = self._order.steps_per_epoch
+        self.num_classes = max((index.num_classes or 0 for index in self._indexes), default=0) or None
+        self._labelled = all(index.num_classes for index in self._indexes)
+        self._open: list[Iterator[Batch]] = []
+        check_memory(cfg, self._order, self._indexes)
+
+    def epoch(self, step: int) -> int:
+        return self._order.epoch(step)
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        """The batches from a step on, over all epochs, without end."""
+        found = in_background(lambda: self._finished(start_step), BATCHES_AHEAD)
+        self._open.append(found)
+        return found
+
+    def close(self) -> None:
+        """Ends the threads and processes of all iterators."""
+        for iterator in self._open:
+            iterator.close()  # type: ignore[attr-defined]
+        self._open.clear()
+
+    def _finished(self, start_step: int) -> Iterator[Batch]:
+        data, bad, seen = self._cfg.data, Counter[str](), 0
+        allowed_at_least = self._order.samples * (self._places[1] - self._places[0]) // self._order.global_batch
+        for part in self._parts(start_step):
+            bad.update(part.bad)
+            seen += len(part.keys)
+            if bad and bad.total() > data.max_bad_fraction * max(seen, allowed_at_least):
+                raise BadSamplesError(
+                    f"data.max_bad_fraction: {bad.total()} of {seen} samples couldn't be decoded ({dict(bad)}), more "
+                    f"than the share {data.max_bad_fraction}; tools/verify_shards.py lists them"
+                )
+            yield self._batch(part, dict(bad))
+
+    def _parts(self, start_step: int) -> Iterator[Part]:
+        data = self._cfg.data
+        if data.workers:
+            return worker_parts(self._order, self._readers, self._places, start_step, data)
+        return parts(
+            self._order,
+            self._readers,
+            self._places,
+            start_step,
+            size=data.image_size,
+            channels=data.channels,
+            threads=data.read_ahead,
+            budget=data.buffer_bytes,
+        )
+
+    def _batch(self, part: Part, bad: dict[str, int]) -> Batch:
+        if self._cfg.data.flip:
+            flip(part, self._cfg.run.seed)
+        images = torch.from_numpy(part.images).permute(0, 3, 1, 2)
+        labels = torch.from_numpy(part.labels) if self._labelled else None
+        if torch.cuda.is_available():
+            images = images.pin_memory()
+            labels = labels.pin_memory() if labels is not None else None
+        return Batch(part.step, self.epoch(part.step), images, labels, part.keys, bad)
+
+
+def open_sets(cfg: Config) -> tuple[list[DataIndex], list[float]]:
+    """The indexes of the data sets that a configuration mixes, without excluded shards, and their weights.
+
+    They are ordered by content, so that a set may move to another URL.
+    """
+    urls = {cfg.data.url: 1.0} if isinstance(cfg.data.url, str) else cfg.data.url
+    found = [(load_index(url), weight) for url, weight in urls.items()]
+    excluded = set(cfg.data.exclude_shards)
+    unknown = excluded - {shard.name for index, _ in found for shard in index.shards}
+    if unknown:
+        raise ConfigError(f"data.exclude_shards: no shard is called {sorted(unknown)[0]!r}")
+    found = [(index.without(excluded & {s.name for s in index.shards}), weight) for index, weight in found]
+    found.sort(key=lambda pair: pair[0].content_id)
+    return [index for index, _ in found], [weight for _, weight in found]
+
+
+def make_order(cfg: Config, indexes: list[DataIndex], weights: list[float]) -> Order:
+    return Order(
+        [index.counts for index in indexes],
+        seed=cfg.run.seed,
+        global_batch=cfg.train.global_batch,
+        streams=cfg.streams,
+        shuffle_block=cfg.data.shuffle_block,
+        weights=weights,
+    )
+
+
+def content_id(indexes: list[DataIndex], weights: list[float]) -> str:
+    """Of one set its own; of a mix a hash of all and of their weights."""
+    if len(indexes) == 1:
+        return indexes[0].content_id
+    total = sum(weights)
+    text = "\n".join(f"{index.content_id} {weight / total!r}" for index, weight in zip(indexes, weights, strict=True))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def check_memory(cfg: Config, order: Order, indexes: list[DataIndex]) -> None:
+    """ConfigError if the blocks of a rank don't fit data.buffer_bytes at the smallest world size.
+
+    A rank holds one block of each stream that it owns, and needs room for one more; whatever else fits is
+    used to fetch ahead.
+    """
+    world = cfg.worker_range[0]
+    needed = 0
+    for rank in range(min(world, 64)):
+        runs = order.runs(*share_of(rank, world, order.global_batch))
+        sizes = [block_bytes(order, indexes, d, stream) for d, stream, _, _ in runs]
+        needed = max(needed, sum(sizes) + max(sizes))
+    if needed > cfg.data.buffer_bytes:
+        fits = max(1, cfg.data.shuffle_block * cfg.data.buffer_bytes // needed)
+        raise ConfigError(
+            f"data.shuffle_block: {cfg.data.shuffle_block} samples of each stream of a rank are {needed} bytes at "
+            f"{world} workers, data.buffer_bytes allows {cfg.data.buffer_bytes}; use a block of {fits}, more bytes, "
+            f"or more workers"
+        )
+
+
+def block_bytes(order: Order, indexes: list[DataIndex], number: int, stream: int) -> int:
+    """Bytes of the largest block of a stream, with the set's mean bytes a sample."""
+    index, set_order = indexes[number], order.sets[number]
+    samples = min(set_order.shuffle_block, set_order.steps_per_epoch * set_order.width(stream))
+    return samples * index.num_bytes // index.num_samples
+
+
+def flip(part: Part, seed: int) -> None:
+    """Mirrors half of the images in place, by (seed, epoch, sample): contract 2."""
+    for epoch in np.unique(part.epochs):
+        here = np.flatnonzero(part.epochs == epoch)
+        draw = rng.uniform(seed, rng.Purpose.FLIP, torch.from_numpy(part.ids[here]), step=int(epoch)).numpy()
+        mirrored = here[draw < 0.5]
+        part.images[mirrored] = part.images[mirrored][:, :, ::-1]
+
+
+def in_background(make: Callable[[], Iterator[T]], depth: int) -> Iterator[T]:
+    """Runs an iterator in a thread, up to `depth` items ahead; its errors are raised here.
+
+    Closing the generator ends the thread.
+    """
+    items: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(item: tuple[T | None, BaseException | None]) -> bool:
+        while not stop.is_set():
+            try:
+                items.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        source = make()
+        try:
+            for item in source:
+                if not put((item, None)):
+                    break
+        except BaseException as error:
+            put((None, error))
+        finally:
+            source.close()  # type: ignore[attr-defined]
+
+    thread = threading.Thread(target=work, name="data-batches", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = items.get()
+            if error is not None:
+                raise error
+            yield item  # type: ignore[misc]
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,173 @@
+"""Writes data sets: deterministic WebDataset shards, each published whole, and the index at the end."""
+
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ddpm_dist import storage
+from ddpm_dist.data import decode, tar
+from ddpm_dist.data.index import (
+    NO_LABEL,
+    ROW,
+    DataIndex,
+    SampleTable,
+    Schema,
+    ShardInfo,
+    content_hash,
+    save_index,
+    table_url,
+)
+from ddpm_dist.errors import DataError
+
+EXTENSIONS = {"png": "png", "jpeg": "jpg", "npy": "npy"}
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """A sample as it stands in a shard: members `<key>.<extension>` and, with a label, `<key>.cls`."""
+
+    key: str
+    """Unique in the set; no dot after the last slash."""
+    image: bytes
+    """An image file (PNG, JPEG, WebP, …) or `.npy` of [H, W, C] uint8."""
+    extension: str
+    label: int | None = None
+
+
+@dataclass(frozen=True)
+class ShardSummary:
+    """What a shard contributes to the schema."""
+
+    formats: Mapping[str, int]
+    min_size: tuple[int, int]
+    max_size: tuple[int, int]
+    classes: int
+    """Largest label + 1; 0 without labels."""
+
+
+@dataclass(frozen=True)
+class WrittenShard:
+    info: ShardInfo
+    summary: ShardSummary
+
+
+def shard_bytes(samples: Iterable[EncodedSample]) -> bytes:
+    """The tar of some samples; the same samples give the same bytes."""
+    return tar.write_tar((sample.key, _members(sample)) for sample in samples)
+
+
+def write_shard(url: str, name: str, samples: Iterable[EncodedSample]) -> WrittenShard:
+    """Publishes one shard and then its table below a data set's URL; both whole or not at all.
+
+    A shard is finished when its table is there.
+    """
+    return publish_shard(url, name, shard_bytes(samples))
+
+
+def publish_shard(url: str, name: str, data: bytes) -> WrittenShard:
+    """As `write_shard`, of a tar that is there already."""
+    written, table = index_tar(name, data)
+    storage.publish(storage.join(url, name), data)
+    storage.publish(table_url(url, name), table.to_bytes())
+    return written
+
+
+def write_index(
+    url: str,
+    shards: Iterable[WrittenShard],
+    *,
+    class_names: tuple[str, ...] | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> DataIndex:
+    """Publishes the index of finished shards, in the given order; with it, the data set exists."""
+    shards = list(shards)
+    index = DataIndex(
+        url, tuple(s.info for s in shards), merge_schema([s.summary for s in shards], class_names), about or {}
+    )
+    save_index(index)
+    return index
+
+
+def index_tar(name: str, data: bytes, label_field: str = "cls") -> tuple[WrittenShard, SampleTable]:
+    """The table of a shard's bytes, and what the index says of it. Raises ShardError, DataError.
+
+    label_field: extension of the member that holds the label as decimal text.
+    """
+    samples = tar.walk(data, name)
+    rows = np.zeros(len(samples), ROW)
+    keys: list[bytes] = []
+    formats: Counter[str] = Counter()
+    sizes: list[tuple[int, int]] = []
+    end = 0
+    seen: set[str] = set()
+    for number, members in enumerate(samples):
+        key = members[0].key
+        if key in seen:
+            raise DataError(f"{name}: two samples have the key {key}; keys must be unique")
+        seen.add(key)
+        keys.append(key.encode())
+        end += len(keys[-1])
+        files = {member.extension: member for member in members}
+        image = next((files[e] for e in tar.IMAGE_EXTENSIONS if e in files), None)
+        label = _label(data, files, label_field, f"{name}: {key}")
+        start, size = (image.offset, image.size) if image else (members[0].offset, 0)
+        content = data[start : start + size]
+        rows[number] = (start, size, zlib.crc32(content), label, end)
+        try:
+            form, height, width = decode.describe(content)
+            sizes.append((height, width))
+        except decode.BadSampleError as error:
+            form = error.cause
+        formats[form] += 1
+    table = SampleTable(rows, b"".join(keys))
+    info = ShardInfo(name, len(data), len(samples), content_hash(data), content_hash(table.to_bytes()))
+    lows = (min((h for h, _ in sizes), default=0), min((w for _, w in sizes), default=0))
+    highs = (max((h for h, _ in sizes), default=0), max((w for _, w in sizes), default=0))
+    classes = int(rows["label"].max(initial=NO_LABEL)) + 1
+    if classes and int(rows["label"].min()) == NO_LABEL:
+        raise DataError(f"{name}: some samples have a label (.{label_field}), others don't")
+    return WrittenShard(info, ShardSummary(dict(formats), lows, highs, classes)), table
+
+
+def merge_schema(parts: Iterable[ShardSummary], class_names: tuple[str, ...] | None = None) -> Schema:
+    """The schema of a set from those of its shards."""
+    parts = list(parts)
+    formats: Counter[str] = Counter()
+    for part in parts:
+        formats.update(part.formats)
+    sized = [part for part in parts if part.max_size != (0, 0)]
+    lows = (min((p.min_size[0] for p in sized), default=0), min((p.min_size[1] for p in sized), default=0))
+    highs = (max((p.max_size[0] for p in sized), default=0), max((p.max_size[1] for p in sized), default=0))
+    classes = max((part.classes for part in parts), default=0)
+    if classes and any(not part.classes for part in parts):
+        raise DataError("some shards have labels, others don't")
+    if class_names:
+        classes = max(classes, len(class_names))
+    return Schema(dict(formats), lows, highs, classes or None, class_names)
+
+
+def _members(sample: EncodedSample) -> dict[str, bytes]:
+    if "." in sample.key.rpartition("/")[2] or not sample.key:
+        raise DataError(f"key {sample.key!r}: WebDataset would end it at the dot")
+    files = {sample.extension: sample.image}
+    if sample.label is not None:
+        files["cls"] = str(sample.label).encode()
+    return files
+
+
+def _label(data: bytes, files: Mapping[str, tar.Member], label_field: str, place: str) -> int:
+    member = files.get(label_field)
+    if member is None:
+        return NO_LABEL
+    text = data[member.offset : member.offset + member.size]
+    try:
+        label = int(text)
+        if 0 <= label < 2**31:
+            return label
+    except ValueError:
+        pass
+    raise DataError(f"{place}.{label_field}: {text[:40]!r} is not a class number (0, 1, …)")

@@ -1,0 +1,65 @@
+"""Writes a data set: WebDataset shards and their index, at any URL.
+
+    tools/make_shards.py digits s3://bucket/digits
+    tools/make_shards.py fashion-mnist --split test file:///data/fashion-test
+    tools/make_shards.py emoji --split heldout s3://bucket/emoji-heldout
+
+Started again after a kill, it makes what is missing. It never overwrites.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ddpm_dist import cli
+from ddpm_dist.data.build import build, make_plan, run_in_processes
+from ddpm_dist.data.sources import SOURCES, SourceOptions
+
+SMALL = 5000
+"""Samples up to which starting processes costs more than they save."""
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("kind", choices=list(SOURCES), help="what the input is")
+    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="files, folders or URLs of the input")
+    parser.add_argument("url", metavar="URL", help="folder of the new data set, such as s3://bucket/name")
+    parser.add_argument("--split", default="train", help="part of a data set that is published in parts")
+    parser.add_argument("--labels", metavar="FILE", help="labels, where the input doesn't hold them")
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="resize and centre-crop to this height and width")
+    parser.add_argument("--channels", type=int, choices=(1, 3), help="convert to grey or RGB")
+    parser.add_argument("--format", default="png", choices=("png", "jpeg", "raw", "keep"))
+    parser.add_argument("--quality", type=int, default=95, help="of JPEG")
+    parser.add_argument("--shard-bytes", type=int, default=2**26, metavar="BYTES", help="about so many a shard")
+    parser.add_argument("--shard-samples", type=int, metavar="N", help="exactly so many a shard, instead of bytes")
+    parser.add_argument("--seed", type=int, default=0, help="of the shuffle before writing")
+    parser.add_argument("--no-shuffle", action="store_true", help="keep the input's order")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: all cores, 1 for small sets)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    options = SourceOptions(tuple(args.inputs), args.split, args.labels, args.size)
+    plan = make_plan(
+        args.kind,
+        options,
+        format=args.format,
+        quality=args.quality,
+        channels=args.channels,
+        shuffle_seed=None if args.no_shuffle else args.seed,
+        samples_per_shard=args.shard_samples,
+        bytes_per_shard=args.shard_bytes,
+    )
+    workers = args.workers or (1 if plan.samples < SMALL else os.cpu_count() or 1)
+    build(plan, args.url, run_in_processes(workers))
+
+
+if __name__ == "__main__":
+    cli.run(main)
