@@ -16,6 +16,7 @@ from typing import Any
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
@@ -24,6 +25,7 @@ from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScali
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from ddpm_dist.config import Config
+from ddpm_dist.distributed.world import use_interface_of
 from ddpm_dist.errors import ClusterError, DdpmDistError, HangError, ShortReadError, UnreachableError
 from ddpm_dist.recipe import dump_config
 
@@ -62,7 +64,7 @@ def train_on_ray(cfg: Config, worker: Callable[[dict[str, Any]], None], newest_s
         worker,
         elastic=_Elastic(admissible_sizes(cfg), newest_state) if low < high else None,
         train_loop_config={"config": dump_config(cfg)},
-        torch_config=TorchConfig(backend="nccl" if cfg.cluster.gpus_per_worker else "gloo"),
+        torch_config=_TorchSetup(backend="nccl" if cfg.cluster.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=low if low == high else (low, high),
             use_gpu=cfg.cluster.gpus_per_worker > 0,
@@ -125,6 +127,24 @@ class _Trainer(TorchTrainer):
         if self._elastic is not None:
             arguments["scaling_policy"] = _AdmissibleSizes(self.scaling_config, self._elastic)
         return super()._initialize_and_run_controller(**arguments)
+
+
+class _InterfaceFirst(_TorchBackend):
+    """Joins the process group over the interface of each node's own address, as `init_world` would."""
+
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        worker_group.execute(_choose_interface)
+        super().on_start(worker_group, backend_config)
+
+
+class _TorchSetup(TorchConfig):
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return _InterfaceFirst
+
+
+def _choose_interface() -> None:
+    use_interface_of(ray.util.get_node_ip_address())
 
 
 class _StopOnWrong(DefaultFailurePolicy):
