@@ -109,11 +109,16 @@ def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tens
     offset = x - mean
     # A bin's mass is the same on either side of the mean; on the lower side the difference doesn't cancel.
     near, far = 1 / 255 - offset.abs(), -1 / 255 - offset.abs()
-    inside = torch.special.ndtr(inverse_scale * near) - torch.special.ndtr(inverse_scale * far)
-    lowest = torch.special.ndtr(inverse_scale * (1 / 255 + offset))
-    highest = torch.special.ndtr(inverse_scale * (1 / 255 - offset))
+    inside = _normal_cdf(inverse_scale * near) - _normal_cdf(inverse_scale * far)
+    lowest = _normal_cdf(inverse_scale * (1 / 255 + offset))
+    highest = _normal_cdf(inverse_scale * (1 / 255 - offset))
     mass = torch.where(x < -0.999, lowest, torch.where(x > 0.999, highest, inside))
     return torch.log(mass.clamp(min=1e-12))
+
+
+def _normal_cdf(x: Tensor) -> Tensor:
+    """By erfc, which keeps the lower tail; torch.special.ndtr is 0 from -5.5 on in float32."""
+    return 0.5 * torch.erfc(-(0.5**0.5) * x)
 
 
 def flat_mean(x: Tensor) -> Tensor:
@@ -202,7 +207,7 @@ class LossHistory:
         return {"losses": torch.from_numpy(self.losses.copy()), "counts": torch.from_numpy(self.counts.copy())}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        losses, counts = (np.array(state[key]) for key in ("losses", "counts"))
+        losses, counts = (state[key].numpy().copy() for key in ("losses", "counts"))
         if losses.shape != self.losses.shape:
             raise ConfigError(
                 f"diffusion.timesteps: the history of losses has shape {losses.shape}, this run needs "

@@ -100,25 +100,42 @@ def trajectory(
     t_start: int | None = None,
 ) -> Iterator[Step]:
     """As `sample`, but yields every Step, and the last x is not clipped."""
+    chain, first = make_chain(
+        network, diffusion, settings, seed, indices, shape, labels, null_label, device, t_start=t_start
+    )
+    if x_T is None:
+        if t_start is not None:
+            raise SamplingError(f"t_start is {t_start}, but no x_T was given that belongs to it")
+        x_T = rng.normal(seed, Purpose.X_T, indices, shape, device=device)
+    elif x_T.shape != (len(indices), *shape):
+        raise SamplingError(f"x_T has shape {tuple(x_T.shape)}; {(len(indices), *shape)} is needed")
+    for k, (x, x_start) in enumerate(SAMPLERS[settings.sampler](chain, x_T.to(device).float())):
+        yield Step(first + k, int(chain.times[k]), x, x_start)
+
+
+def make_chain(
+    network: Network,
+    diffusion: GaussianDiffusion,
+    settings: SamplingConfig,
+    seed: int,
+    indices: Tensor,
+    shape: tuple[int, int, int],
+    labels: Tensor | None,
+    null_label: int | None,
+    device: torch.device | str,
+    t_start: int | None = None,
+) -> tuple[Chain, int]:
+    """The chain that a sampler is given, and the number of its first step; arguments and errors as of `sample`."""
     check_settings(settings, diffusion)
     check_labels(labels, null_label, len(indices))
     indices = indices.to(device)
     times, first = _from_time(respace(diffusion.timesteps, settings.steps, settings.spacing), t_start, diffusion)
-    if x_T is None:
-        if t_start is not None:
-            raise SamplingError(f"t_start is {t_start}, but no x_T was given that belongs to it")
-        x_T = rng.normal(seed, Purpose.X_T, indices, shape)
-    elif x_T.shape != (len(indices), *shape):
-        raise SamplingError(f"x_T has shape {tuple(x_T.shape)}; {(len(indices), *shape)} is needed")
 
     def noise(k: int) -> Tensor:
         return rng.normal(seed, Purpose.REVERSE, indices, shape, step=first + k)
 
     denoise = make_denoiser(network, diffusion, settings, times, labels, null_label, device)
-    chain = Chain(denoise, diffusion, times, noise, settings.eta or 0.0)
-    steps = SAMPLERS[settings.sampler](chain, x_T.to(device).float())
-    for k, (x, x_start) in enumerate(steps):
-        yield Step(first + k, int(times[k]), x, x_start)
+    return Chain(denoise, diffusion, times, noise, settings.eta or 0.0), first
 
 
 def check_settings(settings: SamplingConfig, diffusion: GaussianDiffusion) -> None:

@@ -65,22 +65,33 @@ def ddpm(chain: Chain, x: Tensor) -> Sampled:
 
     Between times that are not neighbours the process is respaced (Nichol & Dhariwal 2021, section 4).
     """
+    step = ancestral_step(chain)
+    for k in range(len(chain.times)):
+        x, x_start = step(x, k, k)
+        yield x, x_start
+
+
+def ancestral_step(chain: Chain) -> Callable[[Tensor, int, int], tuple[Tensor, Tensor]]:
+    """step(x, k, draw) -> (x, x_start): from the k-th visited time to the next, with noise number `draw`."""
     spaced = respaced(chain.diffusion, chain.times)
-    falling = slice(None, None, -1)
     rows = chain.rows(
-        spaced.posterior_mean_coef1[falling],
-        spaced.posterior_mean_coef2[falling],
-        np.exp(0.5 * spaced.fixed_log_variance[falling]),
+        spaced.posterior_mean_coef1[::-1],
+        spaced.posterior_mean_coef2[::-1],
+        np.exp(0.5 * spaced.fixed_log_variance[::-1]),
     )
-    ranks = torch.arange(len(rows), device=x.device).flip(0)
-    for k, (of_x_start, of_x, deviation) in enumerate(rows):
+    rank = torch.arange(len(rows), device=chain.denoise.times.device).flip(0)
+
+    def step(x: Tensor, k: int, draw: int) -> tuple[Tensor, Tensor]:
+        of_x_start, of_x, deviation = rows[k]
         x_start, variance_values = chain.denoise(x, k)
         x = of_x_start * x_start + of_x * x
-        if k < len(rows) - 1:  # no noise in the step to x_0
-            if variance_values is not None:
-                deviation = torch.exp(0.5 * spaced.log_variance(variance_values, x, ranks[k : k + 1]))
-            x = x + deviation * chain.noise(k)
-        yield x, x_start
+        if k == len(rows) - 1:  # no noise in the step to x_0
+            return x, x_start
+        if variance_values is not None:
+            deviation = torch.exp(0.5 * spaced.log_variance(variance_values, x, rank[k : k + 1]))
+        return x + deviation * chain.noise(draw), x_start
+
+    return step
 
 
 def ddim(chain: Chain, x: Tensor) -> Sampled:

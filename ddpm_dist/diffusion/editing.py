@@ -1,0 +1,191 @@
+"""What else a trained process can do with images: interpolation, shared latents, inpainting."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm_dist import rng
+from ddpm_dist.config import SamplingConfig
+from ddpm_dist.diffusion.denoiser import Network, respace
+from ddpm_dist.diffusion.gaussian import GaussianDiffusion
+from ddpm_dist.diffusion.samplers import make_chain, sample, trajectory
+from ddpm_dist.diffusion.solvers import ancestral_step
+from ddpm_dist.errors import ConfigError, SamplingError
+from ddpm_dist.rng import Purpose
+
+
+@torch.no_grad()
+def interpolate(
+    network: Network,
+    diffusion: GaussianDiffusion,
+    settings: SamplingConfig,
+    x_a: Tensor,
+    x_b: Tensor,
+    *,
+    t: int,
+    shares: Sequence[float],
+    seed: int,
+    indices: Tensor,
+    labels: Tensor | None = None,
+    null_label: int | None = None,
+) -> Tensor:
+    """Images between two (Ho et al. 2020, section 4.4): [len(shares), B, C, H, W] float32 in [-1, 1].
+
+    x_a, x_b: [B,C,H,W] in [-1, 1]. Both are diffused to time t (the paper: 500) independently, mixed as
+    (1 - share) x_a + share x_b, and denoised from t on. All noise is the same for every share, as in the paper.
+    """
+    shape = (x_a.shape[1], x_a.shape[2], x_a.shape[3])
+    times = _time(t, diffusion).expand(len(x_a)).to(x_a.device)
+    end_a, end_b = (
+        diffusion.q_sample(x, times, rng.normal(seed, Purpose.RENOISE, indices, shape, step=end, device=x.device))
+        for end, x in enumerate((x_a.float(), x_b.float()))
+    )
+    return torch.stack(
+        [
+            sample(
+                network,
+                diffusion,
+                settings,
+                seed=seed,
+                indices=indices,
+                shape=shape,
+                labels=labels,
+                null_label=null_label,
+                device=x_a.device,
+                x_T=torch.lerp(end_a, end_b, share),
+                t_start=t,
+            )
+            for share in shares
+        ]
+    )
+
+
+@torch.no_grad()
+def variations(
+    network: Network,
+    diffusion: GaussianDiffusion,
+    settings: SamplingConfig,
+    *,
+    t: int,
+    seed: int,
+    shared_index: int,
+    indices: Tensor,
+    shape: tuple[int, int, int],
+    label: int | None = None,
+    null_label: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Images that share x_t and differ in the noise after it (Ho et al. 2020, figure 7): [B,C,H,W] in [-1, 1].
+
+    x_t is that of image `shared_index` at the first visited time not above t; the rest of image i's chain has
+    the noise of index i. So where shared_index is among the indices, its own image is among the results.
+    """
+    if not (settings.sampler in ("ddpm", "dpmpp_2m_sde") or (settings.sampler == "ddim" and settings.eta)):
+        raise ConfigError(
+            f"sampling.sampler: {settings.sampler} draws no noise after x_t, so all variations would be one image; "
+            "use ddpm, dpmpp_2m_sde, or ddim with sampling.eta above 0"
+        )
+    visited = respace(diffusion.timesteps, settings.steps, settings.spacing)
+    if not visited[-1] <= t < diffusion.timesteps:
+        raise SamplingError(f"t is {t}; the sampler visits times from {visited[0]} down to {visited[-1]}")
+    t = int(visited[visited <= t][0])
+    x_t = rng.normal(seed, Purpose.X_T, torch.tensor([shared_index]), shape, device=device)
+    if t != visited[0]:
+        chain = trajectory(
+            network,
+            diffusion,
+            settings,
+            seed=seed,
+            indices=torch.tensor([shared_index]),
+            shape=shape,
+            labels=None if label is None else torch.tensor([label]),
+            null_label=null_label,
+            device=device,
+        )
+        x_t = next(step.x for step in chain if visited[step.k + 1] == t)
+    return sample(
+        network,
+        diffusion,
+        settings,
+        seed=seed,
+        indices=indices,
+        shape=shape,
+        labels=None if label is None else torch.full((len(indices),), label),
+        null_label=null_label,
+        device=device,
+        x_T=x_t.expand(len(indices), *shape),
+        t_start=t,
+    )
+
+
+@torch.no_grad()
+def inpaint(
+    network: Network,
+    diffusion: GaussianDiffusion,
+    settings: SamplingConfig,
+    known: Tensor,
+    mask: Tensor,
+    *,
+    seed: int,
+    indices: Tensor,
+    jump_length: int = 10,
+    jump_n_sample: int = 10,
+    labels: Tensor | None = None,
+    null_label: int | None = None,
+) -> Tensor:
+    """RePaint (Lugmayr et al. 2022, algorithm 1): fills what isn't known. [B,C,H,W] float32 in [-1, 1].
+
+    known: [B,C,H,W] in [-1, 1]. mask: broadcasts against it, 1 where known. settings.sampler must be ddpm; RePaint's
+    own are 250 steps, jump_length 10, jump_n_sample 10: every 10 steps the chain jumps back 10 steps, 9 times.
+    """
+    if settings.sampler != "ddpm":
+        raise ConfigError(f"sampling.sampler: {settings.sampler}; inpainting resamples the ancestral chain, use ddpm")
+    if jump_length < 1 or jump_n_sample < 1:
+        raise SamplingError(f"jump_length is {jump_length} and jump_n_sample {jump_n_sample}; both must be at least 1")
+    device, shape = known.device, (known.shape[1], known.shape[2], known.shape[3])
+    chain, _ = make_chain(network, diffusion, settings, seed, indices, shape, labels, null_label, device)
+    step = ancestral_step(chain)
+    alphas_cumprod = np.square(chain.signal)
+    paste = chain.rows(chain.signal[1:], chain.sigma[1:])
+    known, indices = known.float(), indices.to(device)
+
+    def noise(number: int) -> Tensor:
+        return rng.normal(seed, Purpose.RENOISE, indices, shape, step=number)
+
+    x = rng.normal(seed, Purpose.X_T, indices, shape)
+    for draw, (k, k_next) in enumerate(_repaint_plan(len(chain.times), jump_length, jump_n_sample)):
+        if k_next > k:
+            x, _ = step(x, k, draw)
+            signal, sigma = paste[k]
+            x = torch.where(mask.bool(), signal * known + sigma * noise(draw), x)
+        else:  # forward again: the product of the single steps q(x_t | x_{t-1}) in one
+            ratio = float(alphas_cumprod[k_next] / alphas_cumprod[k])
+            x = ratio**0.5 * x + (1 - ratio) ** 0.5 * noise(draw)
+    return x.clamp(-1, 1)
+
+
+def _repaint_plan(steps: int, jump_length: int, jump_n_sample: int) -> Iterator[tuple[int, int]]:
+    """(k, next k) of all moves between the visited times, x_0 being number `steps`.
+
+    As in RePaint's appendix: whenever the number of times left is a multiple of jump_length, first the chain
+    jumps back jump_length times, jump_n_sample - 1 times over.
+    """
+    jumps = dict.fromkeys(range(0, steps - jump_length, jump_length), jump_n_sample - 1)
+    left = steps - 1  # visited times still to come after the present one
+    while left >= 0:
+        k = steps - 1 - left
+        if jumps.get(left, 0):
+            jumps[left] -= 1
+            left += jump_length
+            yield k, steps - 1 - left
+        else:
+            left -= 1
+            yield k, k + 1
+
+
+def _time(t: int, diffusion: GaussianDiffusion) -> Tensor:
+    if not 0 <= t < diffusion.timesteps:
+        raise SamplingError(f"t is {t}; the times of this process are 0 to {diffusion.timesteps - 1}")
+    return torch.tensor([t])
