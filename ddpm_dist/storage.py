@@ -39,6 +39,7 @@ __all__ = [
     "read_range",
     "redact",
     "retry",
+    "signed_url",
     "size",
     "upload",
 ]
@@ -124,6 +125,20 @@ def read_range(url: str, start: int, length: int, patience_s: float = PATIENCE_S
     if isinstance(found, int):
         raise ShortReadError(f"{redact(url)}: it holds {found} bytes, where {length} from byte {start} were expected")
     return found
+
+
+def signed_url(url: str, seconds: int) -> str | None:
+    """A URL at which plain HTTP GETs, whole or by range, read an S3 object for so long; None for other stores.
+
+    It holds a signature, no secret, but is one itself: never for a log.
+    """
+    fs, path = filesystem(url)
+    if not _is_s3(fs):
+        return None
+    try:
+        return str(fs.sign(path, expiration=seconds))
+    except Exception:  # no credentials, no region: the other ways in explain it
+        return None
 
 
 def size(url: str, patience_s: float = PATIENCE_S) -> int:

@@ -1,27 +1,37 @@
-"""Verified bytes of a data set's shards: tables, ranges, single samples.
+"""Verified samples of a data set: tables, ranges of shards, single samples.
 
 What comes back is what the index promises, or there is an error that names the shard. Bytes that differ
-from their CRC-32 are asked for again, since a network can spoil them; if they stay different, the shard is
-altered.
+from their checksum are asked for again, since a network can spoil them; if they stay different, the object
+is altered.
 """
 
+import logging
 import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from ddpm_dist import storage
-from ddpm_dist.data.index import DataIndex, SampleTable, load_table
+from ddpm_dist.data.cache import DiskCache
+from ddpm_dist.data.index import DataIndex, SampleTable, ShardInfo, content_hash, table_name
 from ddpm_dist.data.order import Extent
+from ddpm_dist.data.ranges import RangeReader
 from ddpm_dist.errors import NotFoundError, ShardError, ShortReadError
 
-CRC_ATTEMPTS = 4
-TABLES_KEPT = 64
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 4
+"""Reads of the same bytes before a wrong checksum is the store's and not the network's."""
+TABLES_KEPT_BYTES = 2**24
+REMEDY = "restore it, or leave it out with data.exclude_shards"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """A sample as it lies in its shard, not yet decoded."""
 
@@ -30,36 +40,37 @@ class Sample:
     label: int
     """Class, or −1."""
     id: int
-    """Number in the whole set, in the order of the index."""
+    """Number among all sets of a mix, in the order of their indexes."""
 
 
 class LoadedExtent:
-    """Consecutive samples of one shard, in memory, verified."""
+    """Consecutive samples of one shard, in memory."""
 
-    def __init__(self, data: bytes, table: SampleTable, extent: Extent, first_byte: int, first_id: int) -> None:
+    def __init__(self, data: bytes, first_byte: int, table: SampleTable, extent: Extent, first_id: int) -> None:
         rows = table.rows[extent.first : extent.first + extent.count]
-        self.data = data
         starts = rows["offset"].astype(np.int64) - first_byte
-        self.starts: list[int] = starts.tolist()
-        self.stops: list[int] = (starts + rows["size"]).tolist()
-        self.labels: list[int] = rows["label"].tolist()
-        self.crcs: list[int] = rows["crc32"].tolist()
-        self.first_id = first_id
+        self._data, self._first_id, self._keys = data, first_id, table.keys
+        self._starts: list[int] = starts.tolist()
+        self._stops: list[int] = (starts + rows["size"]).tolist()
+        self._labels: list[int] = rows["label"].tolist()
+        self._crcs: list[int] = rows["crc32"].tolist()
         key_start = int(table.rows["key_end"][extent.first - 1]) if extent.first else 0
-        self.key_ends: list[int] = [key_start, *rows["key_end"].tolist()]
-        self.keys = table.keys
+        self._key_ends: list[int] = [key_start, *rows["key_end"].tolist()]
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self._starts)
 
     def __getitem__(self, i: int) -> Sample:
-        key = self.keys[self.key_ends[i] : self.key_ends[i + 1]].decode()
-        return Sample(key, self.data[self.starts[i] : self.stops[i]], self.labels[i], self.first_id + i)
+        image = self._data[self._starts[i] : self._stops[i]]
+        return Sample(self.key(i), image, self._labels[i], self._first_id + i)
+
+    def key(self, i: int) -> str:
+        return self._keys[self._key_ends[i] : self._key_ends[i + 1]].decode()
 
     def damaged(self) -> int | None:
         """The first sample whose bytes differ from their CRC-32."""
-        view = memoryview(self.data)
-        for i, (start, stop, crc) in enumerate(zip(self.starts, self.stops, self.crcs, strict=True)):
+        view = memoryview(self._data)
+        for i, (start, stop, crc) in enumerate(zip(self._starts, self._stops, self._crcs, strict=True)):
             if zlib.crc32(view[start:stop]) != crc:
                 return i
         return None
@@ -71,11 +82,12 @@ class ShardReader:
     first_id: number of the set's first sample among all sets of a mix.
     """
 
-    def __init__(self, index: DataIndex, first_id: int = 0) -> None:
-        self.index = index
-        self.first_id = first_id
+    def __init__(self, index: DataIndex, first_id: int = 0, cache: DiskCache | None = None) -> None:
+        self.index, self.first_id, self.cache = index, first_id, cache
         self._first_ids = first_id + np.concatenate(([0], np.cumsum(index.counts)))
+        self._ranges = RangeReader()
         self._tables: OrderedDict[int, SampleTable] = OrderedDict()
+        self._table_bytes = 0
         self._lock = threading.Lock()
 
     def bytes_of(self, extent: Extent) -> int:
@@ -84,53 +96,84 @@ class ShardReader:
         return shard.bytes * extent.count // shard.samples
 
     def load(self, extent: Extent) -> LoadedExtent:
-        """One range read of consecutive samples; raises ShardError and storage's errors."""
-        table = self._table(extent.shard)
-        shard = self.index.shards[extent.shard]
+        """Consecutive samples by one range read; raises ShardError and storage's errors."""
+        table, shard = self.table(extent.shard), self.index.shards[extent.shard]
         rows = table.rows[extent.first : extent.first + extent.count]
-        first = int(rows["offset"][0])
+        first = int(rows["offset"].min())
         last = int((rows["offset"].astype(np.int64) + rows["size"]).max())
-        damaged: int | None = 0
-        for _ in range(CRC_ATTEMPTS):
-            data = self._read(shard.name, first, last - first)
-            loaded = LoadedExtent(data, table, extent, first, int(self._first_ids[extent.shard]) + extent.first)
+        first_id = int(self._first_ids[extent.shard]) + extent.first
+
+        def attempt() -> tuple[LoadedExtent, str | None]:
+            data = self._read(shard, first, last - first)
+            loaded = LoadedExtent(data, first, table, extent, first_id)
             damaged = loaded.damaged()
-            if damaged is None:
-                return loaded
-        place = storage.redact(storage.join(self.index.url, shard.name))
-        assert damaged is not None
-        raise ShardError(
-            f"{place}: altered: sample {loaded[damaged].key} differs from its checksum in the index, also when read "
-            f"{CRC_ATTEMPTS} times; restore the shard, or leave it out with data.exclude_shards"
-        )
+            return loaded, None if damaged is None else f"sample {loaded.key(damaged)} differs from its checksum"
+
+        return self._until_right(shard.name, attempt)
 
     def sample(self, shard: int, sample: int) -> Sample:
         """A single sample."""
         return self.load(Extent(shard, sample, 1))[0]
 
-    def _read(self, name: str, start: int, length: int) -> bytes:
-        if not length:
-            return b""
-        url = storage.join(self.index.url, name)
-        try:
-            return storage.read_range(url, start, length)
-        except NotFoundError:
-            raise ShardError(
-                f"{storage.redact(url)}: missing, but in the index; restore it, or leave it out with "
-                f"data.exclude_shards"
-            ) from None
-        except ShortReadError as error:
-            raise ShardError(f"{error}: truncated; restore it, or leave it out with data.exclude_shards") from None
-
-    def _table(self, shard: int) -> SampleTable:
+    def table(self, shard: int) -> SampleTable:
+        """Where the samples of a shard lie; the last ones asked for are kept."""
         with self._lock:
             table = self._tables.get(shard)
             if table is not None:
                 self._tables.move_to_end(shard)
                 return table
-        table = load_table(self.index.url, self.index.shards[shard])
+        info = self.index.shards[shard]
+        table = self._load_table(info)
         with self._lock:
-            self._tables[shard] = table
-            while len(self._tables) > TABLES_KEPT:
-                self._tables.popitem(last=False)
+            if shard not in self._tables:
+                self._tables[shard] = table
+                self._table_bytes += info.table_bytes
+            while self._table_bytes > TABLES_KEPT_BYTES and len(self._tables) > 1:
+                dropped, _ = self._tables.popitem(last=False)
+                self._table_bytes -= self.index.shards[dropped].table_bytes
         return table
+
+    def _load_table(self, shard: ShardInfo) -> SampleTable:
+        name = table_name(shard.name)
+
+        def attempt() -> tuple[bytes, str | None]:
+            data = self._fetch(name, shard.table_bytes, 0, shard.table_bytes)
+            return data, None if content_hash(data) == shard.table_hash else "its hash is not the one in the index"
+
+        table = SampleTable.from_bytes(self._until_right(name, attempt), name)
+        if len(table.rows) != shard.samples:
+            raise ShardError(f"{self._place(name)}: {len(table.rows)} samples, the index says {shard.samples}")
+        return table
+
+    def _read(self, shard: ShardInfo, start: int, length: int) -> bytes:
+        if not length:
+            return b""
+        if self.cache is None:
+            return self._fetch(shard.name, shard.bytes, start, length)
+        return self.cache.read(shard, start, length, lambda s, n: self._fetch(shard.name, shard.bytes, s, n))
+
+    def _fetch(self, name: str, expected: int, start: int, length: int) -> bytes:
+        """A range of an object that should have `expected` bytes."""
+        try:
+            data, held = self._ranges.read(storage.join(self.index.url, name), start, length)
+        except NotFoundError:
+            raise ShardError(f"{self._place(name)}: missing, but in the index; {REMEDY}") from None
+        except ShortReadError as error:
+            raise ShardError(f"{error}; the index says {expected}: truncated; {REMEDY}") from None
+        if held is not None and held != expected:
+            what = "truncated" if held < expected else "altered"
+            raise ShardError(f"{self._place(name)}: {what}: {held} bytes, the index says {expected}; {REMEDY}")
+        return data
+
+    def _until_right(self, name: str, attempt: Callable[[], tuple[T, str | None]]) -> T:
+        """What `attempt` reads, as soon as it says nothing against it."""
+        for number in range(ATTEMPTS):
+            found, wrong = attempt()
+            if wrong is None:
+                return found
+            if number + 1 < ATTEMPTS:
+                log.warning("data: %s: %s; read again", self._place(name), wrong)
+        raise ShardError(f"{self._place(name)}: altered: {wrong}, in {ATTEMPTS} reads; {REMEDY}")
+
+    def _place(self, name: str) -> str:
+        return storage.redact(storage.join(self.index.url, name))

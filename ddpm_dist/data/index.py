@@ -44,8 +44,9 @@ class ShardInfo:
     samples: int
     hash: str
     """BLAKE2b-128 of the whole object."""
+    table_bytes: int
     table_hash: str
-    """The same of its table."""
+    """BLAKE2b-128 of its table."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,9 @@ class DataIndex:
         return DataIndex(self.url, shards, self.schema, self.about)
 
 
-def table_url(url: str, shard: str) -> str:
-    return storage.join(url, TABLE_FOLDER, f"{shard}.samples")
+def table_name(shard: str) -> str:
+    """Path of a shard's table below the data set's URL."""
+    return f"{TABLE_FOLDER}/{shard}.samples"
 
 
 def save_index(index: DataIndex) -> None:
@@ -158,7 +160,9 @@ def index_bytes(index: DataIndex) -> bytes:
         },
         "about": dict(index.about),
     }
-    rows = ",\n".join(json.dumps([s.name, s.bytes, s.samples, s.hash, s.table_hash]) for s in index.shards)
+    rows = ",\n".join(
+        json.dumps([s.name, s.bytes, s.samples, s.hash, s.table_bytes, s.table_hash]) for s in index.shards
+    )
     return (json.dumps(head, indent=1)[:-2] + ',\n "shards": [\n' + rows + "\n]\n}\n").encode()
 
 
@@ -186,21 +190,6 @@ def load_index(url: str) -> DataIndex:
     if not index.num_samples:
         raise DataError(f"{place}: the data set is empty; tools/make_shards.py writes one")
     return DataIndex(url, index.shards, index.schema, values["about"])
-
-
-def load_table(url: str, shard: ShardInfo) -> SampleTable:
-    """The verified table of a shard; ShardError names the shard if it is missing or altered."""
-    place = table_url(url, shard.name)
-    try:
-        data = storage.read(place)
-    except NotFoundError:
-        raise ShardError(f"{storage.redact(place)}: missing; tools/verify_shards.py checks the whole set") from None
-    if content_hash(data) != shard.table_hash:
-        raise ShardError(f"{storage.redact(place)}: altered: its hash is not the one in {INDEX_NAME}")
-    table = SampleTable.from_bytes(data, storage.redact(place))
-    if len(table.rows) != shard.samples:
-        raise ShardError(f"{storage.redact(place)}: {len(table.rows)} samples, {INDEX_NAME} says {shard.samples}")
-    return table
 
 
 def _schema(values: Mapping[str, Any]) -> Schema:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ddpm_dist import rng
 from ddpm_dist.config import Config
+from ddpm_dist.data.cache import DiskCache
 from ddpm_dist.data.fetch import ShardReader
 from ddpm_dist.data.index import DataIndex, load_index
 from ddpm_dist.data.order import Order, share_of
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 
 BATCHES_AHEAD = 2
 """Finished batches that wait for the training loop."""
+CLOSE_S = 5.0
+"""Longest wait, at the end, for a read from a store that doesn't answer; the thread is a daemon."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,10 @@ class Loader:
         self._order = make_order(cfg, self._indexes, weights)
         self._places = share_of(rank, world, batch)
         firsts = np.concatenate(([0], np.cumsum([index.num_samples for index in self._indexes])))
-        self._readers = [ShardReader(index, int(first)) for index, first in zip(self._indexes, firsts, strict=False)]
+        cache = DiskCache(cfg.data.cache_dir, cfg.data.cache_bytes) if cfg.data.cache_dir else None
+        self._readers = [
+            ShardReader(index, int(first), cache) for index, first in zip(self._indexes, firsts, strict=False)
+        ]
         self.content_id = content_id(self._indexes, weights)
         self.steps_per_epoch = self._order.steps_per_epoch
         self.num_classes = max((index.num_classes or 0 for index in self._indexes), default=0) or None
@@ -230,4 +236,4 @@ def in_background(make: Callable[[], Iterator[T]], depth: int) -> Iterator[T]:
             yield item  # type: ignore[misc]
     finally:
         stop.set()
-        thread.join()
+        thread.join(CLOSE_S)

@@ -86,10 +86,10 @@ class _Worker:
             "threads": max(1, data.read_ahead // number),
             "budget": data.buffer_bytes // number,
         }
-        indexes = [(reader.index, reader.first_id) for reader in readers]
+        reader_arguments = [(reader.index, reader.first_id, reader.cache) for reader in readers]
         self._process = context.Process(
             target=_work,
-            args=(order.arguments, indexes, places, start_step, settings, memory, shape, self._free, theirs),
+            args=(order.arguments, reader_arguments, places, start_step, settings, memory, shape, self._free, theirs),
             daemon=True,
             name="data-worker",
         )
@@ -123,7 +123,7 @@ class _Worker:
 
 def _work(
     order_arguments: dict[str, Any],
-    indexes: Sequence[tuple[Any, int]],
+    reader_arguments: Sequence[tuple[Any, ...]],
     places: tuple[int, int],
     start_step: int,
     settings: dict[str, int],
@@ -136,7 +136,7 @@ def _work(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; it ends this process
     parent = os.getppid()
     ring = np.frombuffer(memory, np.uint8).reshape(shape)
-    readers = [ShardReader(index, first_id) for index, first_id in indexes]
+    readers = [ShardReader(*arguments) for arguments in reader_arguments]
     try:
         for number, part in enumerate(parts(Order(**order_arguments), readers, places, start_step, **settings)):
             while not free.acquire(timeout=CHECK_PARENT_S):

@@ -19,7 +19,7 @@ from ddpm_dist.data.index import (
     ShardInfo,
     content_hash,
     save_index,
-    table_url,
+    table_name,
 )
 from ddpm_dist.errors import DataError
 
@@ -72,7 +72,7 @@ def publish_shard(url: str, name: str, data: bytes) -> WrittenShard:
     """As `write_shard`, of a tar that is there already."""
     written, table = index_tar(name, data)
     storage.publish(storage.join(url, name), data)
-    storage.publish(table_url(url, name), table.to_bytes())
+    storage.publish(storage.join(url, table_name(name)), table.to_bytes())
     return written
 
 
@@ -124,7 +124,8 @@ def index_tar(name: str, data: bytes, label_field: str = "cls") -> tuple[Written
             form = error.cause
         formats[form] += 1
     table = SampleTable(rows, b"".join(keys))
-    info = ShardInfo(name, len(data), len(samples), content_hash(data), content_hash(table.to_bytes()))
+    table_data = table.to_bytes()
+    info = ShardInfo(name, len(data), len(samples), content_hash(data), len(table_data), content_hash(table_data))
     lows = (min((h for h, _ in sizes), default=0), min((w for _, w in sizes), default=0))
     highs = (max((h for h, _ in sizes), default=0), max((w for _, w in sizes), default=0))
     classes = int(rows["label"].max(initial=NO_LABEL)) + 1
