@@ -1,5 +1,7 @@
 """Distances between sets of images, from sums (`moments`) or from kept features: functions of tensors alone."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -9,16 +11,29 @@ from ddpm_dist.evaluation.moments import Moments, ScoreSums
 _BLOCK = 2048
 
 
-def frechet(a: Moments, b: Moments) -> float:
+class Gaussian(Protocol):
+    """What a Fréchet distance is computed of: `Moments`, or the mean and covariance of somebody else's file."""
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def mean(self) -> Tensor: ...
+
+    @property
+    def covariance(self) -> Tensor: ...
+
+
+def frechet(a: Gaussian, b: Gaussian) -> float:
     """Squared Fréchet distance of two Gaussians (Dowson & Landau 1982; FID is this in Inception features).
 
     |m_a − m_b|² + tr(C_a + C_b − 2 (C_a C_b)^½). The trace of the root is the sum of the roots of the
     eigenvalues of the symmetric C_a^½ C_b C_a^½, which stays exact where the covariances are singular
     (fewer images than dimensions).
     """
-    for moments in (a, b):
-        if moments.count < 2:
-            raise EvaluationError(f"Fréchet distance: {moments.count} images in a set; a covariance needs 2")
+    for gaussian in (a, b):
+        if gaussian.count < 2:
+            raise EvaluationError(f"Fréchet distance: {gaussian.count} images in a set; a covariance needs 2")
     cov_a, cov_b = a.covariance, b.covariance
     values, vectors = torch.linalg.eigh(cov_a)
     root_a = (vectors * values.clamp(min=0).sqrt()) @ vectors.T

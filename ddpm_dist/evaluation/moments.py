@@ -133,17 +133,19 @@ class ScoreSums:
 class Summary:
     """All that the metrics want to know of one set of images under one feature network."""
 
-    halves: tuple[Moments, Moments]
-    """Moments of two disjoint halves; their sum is the set's, their distance is its floor."""
+    parts: tuple[Moments, ...]
+    """Two disjoint halves of a reference, whose distance is its floor; all of a set of samples."""
     kept: Kept
     score: ScoreSums | None = None
     spatial: Moments | None = None
     """Of the spatial features of sFID, where the network has them."""
 
     @classmethod
-    def empty(cls, dim: int, keep: int, classes: int = 0, splits: int = 10, spatial_dim: int = 0) -> "Summary":
+    def empty(
+        cls, dim: int, parts: int = 1, keep: int = 0, classes: int = 0, splits: int = 10, spatial_dim: int = 0
+    ) -> "Summary":
         return cls(
-            (Moments.empty(dim), Moments.empty(dim)),
+            tuple(Moments.empty(dim) for _ in range(parts)),
             Kept.empty(keep, dim),
             ScoreSums.empty(splits, classes) if classes else None,
             Moments.empty(spatial_dim) if spatial_dim else None,
@@ -151,14 +153,34 @@ class Summary:
 
     @property
     def moments(self) -> Moments:
-        return self.halves[0] + self.halves[1]
+        """Of the whole set."""
+        whole = self.parts[0]
+        for part in self.parts[1:]:
+            whole = whole + part
+        return whole
 
     @property
     def count(self) -> int:
-        return self.halves[0].count + self.halves[1].count
+        return sum(part.count for part in self.parts)
+
+    def add(self, features: Tensor, first: int, logits: Tensor | None = None, spatial: Tensor | None = None) -> None:
+        """Images first, first + 1, … of the set."""
+        indices = torch.arange(first, first + len(features))
+        if len(self.parts) == 1:
+            self.parts[0].add(features)
+        else:
+            in_first = in_first_half(indices)
+            self.parts[0].add(features[in_first])
+            self.parts[1].add(features[~in_first])
+        if self.kept.limit:
+            self.kept.add(features, indices)
+        if self.score is not None and logits is not None:
+            self.score.add(logits, indices)
+        if self.spatial is not None and spatial is not None:
+            self.spatial.add(spatial)
 
     def merge(self, other: "Summary") -> None:
-        for mine, theirs in zip(self.halves, other.halves, strict=True):
+        for mine, theirs in zip(self.parts, other.parts, strict=True):
             mine.merge(theirs)
         self.kept.merge(other.kept)
         if self.score is not None and other.score is not None:
@@ -167,13 +189,12 @@ class Summary:
             self.spatial.merge(other.spatial)
 
 
-def in_first_half(first: int, count: int) -> Tensor:
-    """[count] bool: which of the images first … first + count − 1 of a set belong to its first half.
+def in_first_half(indices: Tensor) -> Tensor:
+    """[N] bool: which of the images [N] int64 of a set belong to its first half.
 
     Of each pair (2j, 2j+1) one, by a number drawn for j: both halves have the same count, and neither a sorted
     nor an alternating set leaves a trace in them.
     """
-    indices = torch.arange(first, first + count)
     coin = rng.uniform(_HALVES_SEED, 0, indices // 2) < 0.5
     return (indices % 2 == 0) ^ coin
 
@@ -181,13 +202,15 @@ def in_first_half(first: int, count: int) -> Tensor:
 def to_arrays(summary: Summary) -> dict[str, np.ndarray]:
     """Arrays for an .npz file; `from_arrays` gives the summary back."""
     arrays = {
-        "counts": np.array([half.count for half in summary.halves]),
-        "totals": torch.stack([half.total for half in summary.halves]).numpy(),
-        "outers": torch.stack([half.outer for half in summary.halves]).numpy(),
+        "counts": np.array([part.count for part in summary.parts]),
+        "totals": torch.stack([part.total for part in summary.parts]).numpy(),
+        "outers": torch.stack([part.outer for part in summary.parts]).numpy(),
         "kept_limit": np.array(summary.kept.limit),
         "kept_priorities": summary.kept.priorities.numpy(),
         "kept_features": summary.kept.features.numpy(),
     }
+    if summary.score is not None:
+        arrays |= {f"score_{name}": getattr(summary.score, name).numpy() for name in _SCORE_FIELDS}
     if summary.spatial is not None:
         arrays |= {
             "spatial_count": np.array(summary.spatial.count),
@@ -198,12 +221,17 @@ def to_arrays(summary: Summary) -> dict[str, np.ndarray]:
 
 
 def from_arrays(arrays: Mapping[str, np.ndarray]) -> Summary:
-    """The summary that `to_arrays` took apart (without scores, which only samples have)."""
-    get = {name: torch.from_numpy(np.asarray(arrays[name])) for name in arrays if name.startswith(("tot", "out", "k"))}
-    halves = [Moments(int(arrays["counts"][h]), get["totals"][h], get["outers"][h]) for h in (0, 1)]
-    kept = Kept(int(arrays["kept_limit"]), get["kept_priorities"], get["kept_features"])
-    spatial = None
-    if "spatial_count" in arrays:
-        total, outer = (torch.from_numpy(np.asarray(arrays[f"spatial_{name}"])) for name in ("total", "outer"))
-        spatial = Moments(int(arrays["spatial_count"]), total, outer)
-    return Summary((halves[0], halves[1]), kept, None, spatial)
+    """The summary that `to_arrays` took apart."""
+    tensors = {name: torch.from_numpy(np.asarray(arrays[name])) for name in arrays}
+    sums = zip(tensors["counts"].tolist(), tensors["totals"], tensors["outers"], strict=True)
+    return Summary(
+        tuple(Moments(*part) for part in sums),
+        Kept(int(tensors["kept_limit"]), tensors["kept_priorities"], tensors["kept_features"]),
+        ScoreSums(*(tensors[f"score_{name}"] for name in _SCORE_FIELDS)) if "score_counts" in tensors else None,
+        Moments(int(tensors["spatial_count"]), tensors["spatial_total"], tensors["spatial_outer"])
+        if "spatial_count" in tensors
+        else None,
+    )
+
+
+_SCORE_FIELDS = ("counts", "probabilities", "neg_entropies")

@@ -44,12 +44,12 @@ def run(args: argparse.Namespace) -> list[job.Result]:
     """Does what the arguments ask for."""
     if args.config is None and not args.snapshot:
         raise SamplingError("give --snapshot URL, or --config FILE for the newest snapshot of its run")
-    cfg = load_config(args.config, args.overrides) if args.config else None
+    if args.config:
+        cfg = load_config(args.config, args.overrides)
+    else:
+        cfg = stored_config(args.snapshot[0], args.overrides)
     print_if_asked(args, cfg)
-    snapshots = args.snapshot or [_newest(cfg)]
-    cfg = cfg or stored_config(snapshots[0], args.overrides)
-    print_if_asked(args, cfg)
-    orders = make_orders(args, cfg, snapshots)
+    orders = make_orders(args, cfg, args.snapshot or [newest(cfg)])
     results = job.run(orders, workers(args.workers, cfg), cfg.cluster)
     if args.npz or args.png:
         if len(results) > 1:
@@ -134,8 +134,8 @@ def stored_config(url: str, overrides: Sequence[str]) -> Config:
     return validate(values, storage.redact(url))
 
 
-def print_if_asked(args: argparse.Namespace, cfg: Config | None) -> None:
-    if args.print_config and cfg is not None:
+def print_if_asked(args: argparse.Namespace, cfg: Config) -> None:
+    if args.print_config:
         print(dump_config(cfg), end="")
         sys.exit(0)
 
@@ -150,8 +150,8 @@ def _minimal(url: str, info: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _newest(cfg: Config | None) -> str:
-    assert cfg is not None
+def newest(cfg: Config) -> str:
+    """URL of the run's newest snapshot."""
     url = newest_snapshot(cfg.run.url)
     if url is None:
         raise SamplingError(

@@ -2,13 +2,13 @@
 
 import tempfile
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 import torch
 from numpy.lib import format as npy
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ddpm_dist import storage
@@ -29,7 +29,7 @@ def grid_png(images: Tensor, columns: int | None = None, at_least: int = GRID_WI
     rows = -(-count // columns)
     factor = max(1, round(at_least / (columns * (width + 1))))
     height, width = height * factor, width * factor
-    picture = np.full((rows * (height + factor), columns * (width + factor), channels), 255, np.uint8)
+    picture = np.full((rows * (height + factor), columns * (width + factor), channels), 128, np.uint8)
     for i, image in enumerate(images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)):
         y, x = (i // columns) * (height + factor), (i % columns) * (width + factor)
         picture[y : y + height, x : x + width] = image.permute(1, 2, 0).numpy()
@@ -49,10 +49,11 @@ class NpzWriter:
         channels, height, width = shape
         _write_header(self._array, np.dtype(np.uint8), (count, height, width, channels))
 
-    def add(self, images: Tensor, labels: Iterable[int] | None) -> None:
-        """images: [N, C, H, W] uint8."""
-        self._array.write(images.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
-        self._labels += labels or ()
+    def add(self, image: NDArray[np.uint8], label: int | None) -> None:
+        """image: [C, H, W] uint8."""
+        self._array.write(image.transpose(1, 2, 0).tobytes())
+        if label is not None:
+            self._labels.append(label)
 
     def close(self) -> None:
         """Publishes the file."""

@@ -9,8 +9,9 @@ The folder of a job:
     grid.png             the first images, for people
 """
 
+import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,13 +19,12 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import ddpm_dist
 from ddpm_dist import snapshot, storage
 from ddpm_dist.config import ClusterConfig, SamplingConfig
 from ddpm_dist.data import decode
-from ddpm_dist.data.index import NO_LABEL, DataIndex, load_index, load_table
+from ddpm_dist.data.stream import iterate
 from ddpm_dist.data.writer import write_index
 from ddpm_dist.distributed.ray_pool import ActorPool, Done
 from ddpm_dist.errors import NotFoundError, SamplingError
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 GRID_IMAGES = 64
 GRID = "grid.png"
-_READERS = 16
+_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -228,62 +228,38 @@ def load_manifest(out: str) -> Manifest | None:
 def _finish(out: str, manifest: Manifest, made: int) -> Result:
     """Index and grid, from the receipts of all units."""
     urls = [storage.join(out, unit.receipt) for unit in manifest.units]
-    with ThreadPoolExecutor(_READERS) as readers:
+    with ThreadPoolExecutor(_THREADS) as readers:
         receipts = [Receipt.load(data) for data in readers.map(storage.read, urls)]
     digests = [digest for receipt in receipts for digest in receipt.digests]
     duplicates = len(digests) - len(set(digests))
     if duplicates:
         log.warning("%s: %d of %d images equal an earlier one, pixel by pixel", out, duplicates, len(digests))
     about = {"made_by": "ddpm_dist sampling", "snapshot_id": manifest.snapshot_id, "seed": manifest.seed}
-    index = write_index(out, [receipt.written for receipt in receipts], about=about)
+    write_index(out, [receipt.written for receipt in receipts], about=about)
     grid = storage.join(out, GRID)
-    storage.publish(grid, grid_png(_first(index, GRID_IMAGES)))
+    first = [torch.from_numpy(sample.image) for sample in itertools.islice(iterate(out), GRID_IMAGES)]
+    storage.publish(grid, grid_png(torch.stack(first)))
     return Result(out, manifest, made, duplicates, grid)
-
-
-def _first(index: DataIndex, count: int) -> Tensor:
-    parts, left = [], count
-    for images, _ in read_samples(index):
-        parts.append(images[:left])
-        left -= len(parts[-1])
-        if left <= 0:
-            break
-    return torch.cat(parts)
-
-
-def read_samples(index: DataIndex) -> Iterator[tuple[Tensor, list[int] | None]]:
-    """(images uint8 [n, C, H, W], labels) of each shard of finished samples, in order of their indices."""
-    for shard in index.shards:
-        data = storage.read(storage.join(index.url, shard.name))
-        rows = load_table(index.url, shard).rows
-        files = [data[row["offset"] : row["offset"] + row["size"]] for row in rows]
-        images = torch.stack([torch.from_numpy(decode.decode(file).copy()) for file in files]).permute(0, 3, 1, 2)
-        labels = [int(label) for label in rows["label"]]
-        yield images, None if NO_LABEL in labels else labels
 
 
 def export_npz(out: str, url: str) -> None:
     """Writes finished samples as one .npz (arr_0 uint8 [N, H, W, C]; arr_1 labels), as ADM's evaluator reads it."""
-    index, manifest = load_index(out), load_manifest(out)
+    manifest = load_manifest(out)
     assert manifest is not None
-    writer = NpzWriter(url, index.num_samples, manifest.shape)
-    for images, labels in read_samples(index):
-        writer.add(images, labels)
+    writer = NpzWriter(url, manifest.num_samples, manifest.shape)
+    for sample in iterate(out):
+        writer.add(sample.image, sample.label)
     writer.close()
 
 
 def export_png(out: str, url: str) -> None:
     """Writes finished samples as a folder of PNG files, `<label>/<index>.png` or `<index>.png`."""
-    number = 0
-    with ThreadPoolExecutor(_READERS) as writers:
-        for images, labels in read_samples(load_index(out)):
-            names = [f"{number + i:09d}.png" for i in range(len(images))]
-            if labels is not None:
-                names = [f"{label}/{name}" for label, name in zip(labels, names, strict=True)]
-            files = [decode.encode_png(image) for image in images.permute(0, 2, 3, 1).contiguous().numpy()]
-            urls = [storage.join(url, name) for name in names]
-            list(writers.map(storage.publish, urls, files))
-            number += len(images)
+    samples = iterate(out)
+    with ThreadPoolExecutor(_THREADS) as writers:
+        while block := list(itertools.islice(samples, 16 * _THREADS)):
+            names = [f"{s.key}.png" if s.label is None else f"{s.label}/{s.key}.png" for s in block]
+            files = [decode.encode_png(sample.image.transpose(1, 2, 0)) for sample in block]
+            list(writers.map(storage.publish, [storage.join(url, name) for name in names], files))
 
 
 def _check_distinct(orders: Sequence[Order]) -> None:

@@ -110,7 +110,7 @@ class SampleWorker:
     def probe(self, task: ProbeTask) -> Probe:
         settings = SamplingConfig.model_validate_json(task.sampling)
         with self._computing:
-            network, diffusion = self._network(task.snapshot, settings.precision)
+            network, diffusion = self.network(task.snapshot, settings.precision)
             check_settings(settings, diffusion)
             info = snapshot.load_info(task.snapshot)
             batch_size = settings.batch_size or self._largest_batch(network, info, settings, task.bound)
@@ -129,7 +129,7 @@ class SampleWorker:
 
     def images(self, manifest: Manifest, unit: Unit) -> tuple[Tensor, Tensor | None]:
         """uint8 [N, C, H, W] and labels [N] int64 or None of a unit's images."""
-        network, diffusion = self._network(manifest.snapshot, manifest.sampling.precision)
+        network, diffusion = self.network(manifest.snapshot, manifest.sampling.precision)
         rule = manifest.label_rule
         parts = []
         for indices in unit.batches(manifest.batch_size):
@@ -164,7 +164,7 @@ class SampleWorker:
         if here != wanted:
             raise WorkerRefusedError(f"it would make other images: this job is fixed to {wanted}, it has {here}")
 
-    def _network(self, url: str, precision: str) -> tuple[Network, GaussianDiffusion]:
+    def network(self, url: str, precision: str) -> tuple[Network, GaussianDiffusion]:
         key = (url, precision)
         if key not in self._networks:
             unet, diffusion = snapshot.load_snapshot(url)

@@ -1,0 +1,114 @@
+"""The words of `launch/evaluate.py`: from arguments to orders."""
+
+import argparse
+import json
+from typing import Any
+
+from ddpm_dist import storage
+from ddpm_dist.config import Config
+from ddpm_dist.errors import EvaluationError
+from ddpm_dist.evaluation import job
+from ddpm_dist.recipe import load_config
+from ddpm_dist.sampling import command as sampling_command
+from ddpm_dist.sampling.job import load_manifest
+
+_NETWORK_HELP = "weights of inception (inception=URL), or any TorchScript module"
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    sampling_command.add_config_arguments(parser)
+    parser.add_argument("--samples", metavar="URL", help="folder of sample shards")
+    parser.add_argument("--snapshot", metavar="URL", help="draw samples from this, and don't keep them")
+    parser.add_argument("--data", metavar="URL", help="data set to compare with; default: data.url")
+    parser.add_argument("--reference", metavar="URL", help="statistics file (.npz) to compare with, instead of --data")
+    parser.add_argument("--held-out", metavar="URL", help="data set for bits_per_dim; default: --data")
+    parser.add_argument("--metrics", metavar="A,B", help="default: evaluation.metrics")
+    parser.add_argument(
+        "--network",
+        metavar="NAME=URL",
+        action="append",
+        default=[],
+        help="weights of inception, or a TorchScript module",
+    )
+    parser.add_argument("--num-samples", type=int, metavar="N", help="default: all that are there")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--labels", metavar="SPEC", help="of samples from a snapshot; see sample.py")
+    parser.add_argument("--workers", metavar="N|MIN:MAX", help="default: cluster.workers of the configuration")
+    parser.add_argument("--out", metavar="URL", help="folder for the result; default: run.url/evaluation")
+    return parser
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Does what the arguments ask for; returns the result."""
+    cfg = _config(args)
+    sampling_command.print_if_asked(args, cfg)
+    return job.run(make_order(args, cfg), sampling_command.workers(args.workers, cfg), cfg.cluster)
+
+
+def make_order(args: argparse.Namespace, cfg: Config) -> job.Order:
+    """By default the newest snapshot of the run, against its data."""
+    if args.samples is None and args.snapshot is None:
+        args.snapshot = sampling_command.newest(cfg)
+    data = args.data
+    if data is None and args.reference is None:
+        if not isinstance(cfg.data.url, str):
+            raise EvaluationError("data.url is a mix of data sets; say with --data which one to compare with")
+        data = cfg.data.url
+    names = tuple(args.metrics.split(",")) if args.metrics else cfg.evaluation.metrics
+    return job.Order(
+        samples=args.samples,
+        snapshot=args.snapshot,
+        data=data,
+        reference=args.reference,
+        held_out=args.held_out,
+        metrics=names,
+        networks=dict(_network(text) for text in args.network),
+        num_samples=args.num_samples or (cfg.evaluation.num_samples if args.snapshot else None),
+        seed=args.seed,
+        labels=args.labels,
+        sampling=cfg.sampling,
+        out=args.out or (storage.join(cfg.run.url, "evaluation") if args.config else None),
+    )
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result for people."""
+    values: dict[str, float] = result["metrics"]
+    reference = result["reference"]
+    lines = [f"{result['num_samples']:,} samples against {reference.get('data') or reference['statistics']}"]
+    for name, value in values.items():
+        if name.endswith(("_floor", "_deviation")):
+            continue
+        beside = [f"real against real {values[f'{name}_floor']:.4f}"] if f"{name}_floor" in values else []
+        beside += [f"± {values[f'{name}_deviation']:.4f}"] if f"{name}_deviation" in values else []
+        lines.append(f"  {name:24} {value:12.4f}   {', '.join(beside)}".rstrip())
+    return "\n".join(lines)
+
+
+def as_line(result: dict[str, Any]) -> str:
+    """The result for programs: one line of JSON."""
+    return json.dumps(result)
+
+
+def _config(args: argparse.Namespace) -> Config:
+    if args.config:
+        return load_config(args.config, args.overrides)
+    snapshot = args.snapshot
+    if snapshot is None and args.samples:
+        manifest = load_manifest(args.samples)
+        snapshot = manifest.snapshot if manifest else None
+    if snapshot is None:
+        raise EvaluationError(
+            "give --samples URL or --snapshot URL, with --config FILE if they don't tell their recipe"
+        )
+    return sampling_command.stored_config(snapshot, args.overrides)
+
+
+def _network(text: str) -> tuple[str, str]:
+    name, equals, url = text.partition("=")
+    if not equals or not url:
+        raise EvaluationError(f"--network {text}: expected NAME=URL")
+    return name, url

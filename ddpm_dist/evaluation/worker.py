@@ -1,0 +1,187 @@
+"""The worker of an evaluation: sums of features over a part of a set, bits/dim of a part, nearest neighbours.
+
+It does a sampling job's tasks as well, so that one pool serves both.
+"""
+
+import itertools
+import math
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_dist import snapshot
+from ddpm_dist.data.index import load_index
+from ddpm_dist.data.order import share_of
+from ddpm_dist.data.stream import iterate
+from ddpm_dist.diffusion.likelihood import bits_per_dim
+from ddpm_dist.evaluation.distances import nearest
+from ddpm_dist.evaluation.features import FeatureNetwork, open_network
+from ddpm_dist.evaluation.moments import Summary
+from ddpm_dist.sampling.worker import SampleWorker
+
+BLOCK = 256
+"""Images in memory at once."""
+LIKELIHOOD_BATCH = 64
+
+
+@dataclass(frozen=True)
+class SetPart:
+    """Part k of n equal ones of a data set, at the size that is compared."""
+
+    url: str
+    part: tuple[int, int]
+    image_size: int
+    channels: int
+
+    def __str__(self) -> str:
+        return f"part {self.part[0] + 1} of {self.part[1]} of {self.url}"
+
+
+@dataclass(frozen=True)
+class SummaryTask:
+    """Asks for {network: Summary} of a part."""
+
+    images: SetPart
+    networks: tuple[str, ...]
+    """As `open_network` reads them."""
+    halves: bool
+    """Whether the set is a reference, summed in two halves."""
+    keep: int
+    """Features to keep of each network."""
+    limit: int
+    """Images of the whole set to use, from its start."""
+
+    def __str__(self) -> str:
+        return f"features of {self.images}"
+
+
+@dataclass(frozen=True)
+class LikelihoodTask:
+    """Asks for the sums of bits/dim of a part: (images, total, rate of the prior)."""
+
+    images: SetPart
+    snapshot: str
+    seed: int
+    limit: int
+
+    def __str__(self) -> str:
+        return f"bits/dim of {self.images}"
+
+
+@dataclass(frozen=True)
+class NearestTask:
+    """Asks for the images of a part nearest to some queries in one network's features."""
+
+    images: SetPart
+    network: str
+    queries: Any
+    """Object reference or tensor [Q, D]."""
+    number: int
+
+    def __hash__(self) -> int:
+        return hash((self.images, self.network, self.number))
+
+    def __str__(self) -> str:
+        return f"nearest images in {self.images}"
+
+
+class EvaluationWorker:
+    """Does the tasks above, and those of a SampleWorker."""
+
+    def __init__(self, threads: int, device: str) -> None:
+        torch.set_num_threads(threads)
+        self._device = device
+        self._sampler = SampleWorker(threads, device)
+        self._networks: dict[tuple[Any, ...], FeatureNetwork] = {}
+        self._computing = threading.Lock()
+
+    def __call__(self, task: Any) -> Any:
+        if isinstance(task, SummaryTask):
+            return self.summarise(task)
+        if isinstance(task, LikelihoodTask):
+            return self.likelihood(task)
+        if isinstance(task, NearestTask):
+            return self.find_nearest(task)
+        return self._sampler(task)
+
+    def summarise(self, task: SummaryTask) -> dict[str, Summary]:
+        networks = {spec: self._network(spec, task.images) for spec in task.networks}
+        summaries = {
+            spec: Summary.empty(
+                network.dim,
+                parts=2 if task.halves else 1,
+                keep=task.keep,
+                classes=network.classes,
+                spatial_dim=network.spatial_dim,
+            )
+            for spec, network in networks.items()
+        }
+        for first, images, _ in _blocks(task.images, BLOCK, task.limit):
+            for spec, network in networks.items():
+                with self._computing:
+                    output = network(images)
+                summaries[spec].add(output.features, first, output.logits, output.spatial)
+        return summaries
+
+    def likelihood(self, task: LikelihoodTask) -> tuple[int, float, float]:
+        """(images, sum of bits/dim, sum of the prior's part): the bound of Ho et al. 2020, equation 5."""
+        network, diffusion = self._sampler.network(task.snapshot, "fp32")
+        conditional = snapshot.load_info(task.snapshot)["null_label"] is not None
+        count, total, prior = 0, 0.0, 0.0
+        for first, images, labels in _blocks(task.images, LIKELIHOOD_BATCH, task.limit):
+            x_start = (images.to(self._device).float() / 127.5) - 1
+            indices = torch.arange(first, first + len(images), device=self._device)
+            with self._computing:
+                bits = bits_per_dim(
+                    network,
+                    diffusion,
+                    x_start,
+                    seed=task.seed,
+                    indices=indices,
+                    labels=labels.to(self._device) if conditional and labels is not None else None,
+                )
+            count += len(images)
+            total += float(bits.total.sum())
+            prior += float(bits.prior.sum())
+        return count, total, prior
+
+    def find_nearest(self, task: NearestTask) -> tuple[Tensor, Tensor, Tensor]:
+        """Distances [Q], indices in the set [Q] and images [Q, C, H, W] of the nearest of this part."""
+        network = self._network(task.network, task.images)
+        queries = torch.as_tensor(task.queries)
+        best = torch.full((len(queries),), math.inf, dtype=torch.float64)
+        rows = torch.zeros(len(queries), dtype=torch.long)
+        shape = (task.images.channels, task.images.image_size, task.images.image_size)
+        pictures = torch.zeros(len(queries), *shape, dtype=torch.uint8)
+        for first, images, _ in _blocks(task.images, BLOCK, 2**62):
+            with self._computing:
+                features = network(images).features
+            distances, found = nearest(queries, features, 1)
+            closer = distances[:, 0] < best
+            best[closer], rows[closer] = distances[closer, 0], first + found[closer, 0]
+            pictures[closer] = images[found[closer, 0]]
+        return best, rows, pictures
+
+    def _network(self, spec: str, images: SetPart) -> FeatureNetwork:
+        shape = (images.channels, images.image_size, images.image_size)
+        key = (spec, shape if spec == "pixel" else None)
+        with self._computing:
+            if key not in self._networks:
+                self._networks[key] = open_network(spec, shape, self._device)
+        return self._networks[key]
+
+
+def _blocks(images: SetPart, size: int, limit: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """(index of the first, uint8 [n, C, H, W], labels [n] or None) of a part, in order, no image beyond `limit`."""
+    first, _ = share_of(*images.part, load_index(images.url).num_samples)
+    samples = iterate(images.url, images.part, images.image_size, images.channels)
+    samples = itertools.islice(samples, max(0, limit - first))
+    while block := list(itertools.islice(samples, size)):
+        labels = [sample.label for sample in block]
+        pixels = torch.stack([torch.from_numpy(sample.image) for sample in block])
+        yield first, pixels, None if None in labels else torch.tensor(labels)
+        first += len(block)
