@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from ddpm_dist import cli
-from ddpm_dist.distributed.checkpoint import latest_step
 from ddpm_dist.distributed.ray_train import train_on_ray
+from ddpm_dist.distributed.state_history import latest_step
 from ddpm_dist.training import run_folder
 from ddpm_dist.training.entry import finished, ray_worker, report_end
 

@@ -42,6 +42,7 @@ def init_world(threads: int = 1) -> World:
     `threads` is torch's number of threads on a CPU; it takes part in what makes a run bit-identical.
     """
     rank, size = _environment_int("RANK", 0), _environment_int("WORLD_SIZE", 1)
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants to read it there, also in a world of one
     device, backend = select_device(_environment_int("LOCAL_RANK", 0))
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"

@@ -6,7 +6,7 @@ from typing import Any
 from ddpm_dist import cli
 from ddpm_dist.config import Config
 from ddpm_dist.data.loader import Loader
-from ddpm_dist.distributed import checkpoint
+from ddpm_dist.distributed.state_history import latest_step
 from ddpm_dist.distributed.world import World, broadcast_object, init_world
 from ddpm_dist.errors import DdpmDistError
 from ddpm_dist.recipe import parse_config
@@ -24,7 +24,7 @@ def finished(cfg: Config, token: str) -> bool:
     run_folder.prepare(cfg)
     run_folder.take_over(cfg.run.url, token)
     Loader(cfg, rank=0, world=cfg.worker_range[0]).close()
-    step = checkpoint.latest_step(cfg.run.url)
+    step = latest_step(cfg.run.url)
     return step is not None and step >= cfg.train.steps
 
 

@@ -43,7 +43,7 @@ class Training:
         self.lease = run_folder.Lease(cfg.run.url, token) if world.rank == 0 else None
         network, self.diffusion = snapshot.build(cfg)
         self.engine = Engine(network, cfg, world, self.plan.micro_batch, self.plan.accumulation)
-        self.ema = Ema(self.engine.pieces(), cfg.ema)
+        self.ema = Ema(self.engine.pieces(), cfg)
         learns_t = cfg.diffusion.t_sampling == "loss_second_moment"
         self.history = LossHistory(cfg.diffusion.timesteps) if learns_t else None
         self.loader = Loader(cfg, world.rank, world.size)
@@ -124,7 +124,7 @@ class Training:
         self.skipped.see(self.step, batch, result)
         if result.report.applied:
             with self.clock.phase("ema"):
-                self.ema.update(self.step, (self.step + 1) * self.cfg.train.global_batch)
+                self.ema.update(self.step, self.cfg.train.global_batch)
         if self.history is not None:
             ranks = gather_objects(self.world, (result.t.cpu(), result.loss.cpu()))
             self.history.update(torch.cat([t for t, _ in ranks]), torch.cat([loss for _, loss in ranks]))
@@ -147,7 +147,7 @@ class Training:
         last = step == cfg.train.steps
         if step % cfg.checkpoint.snapshot_every_steps == 0 or last:
             with self.clock.phase("snapshot"):
-                self.publisher.publish(self.engine, self.ema, step)
+                self.publisher.publish(self.ema, step)
         if step % cfg.checkpoint.every_steps == 0 or last or stopping:
             with self.clock.phase("checkpoint"):
                 self.store.save(step, self.engine, self.ema, self._meta())

@@ -14,13 +14,11 @@ from ddpm_dist import snapshot
 from ddpm_dist.config import Config
 from ddpm_dist.diffusion.gaussian import GaussianDiffusion
 from ddpm_dist.diffusion.samplers import sample
-from ddpm_dist.distributed.engine import Engine
-from ddpm_dist.distributed.pieces import all_addresses, gather_full
 from ddpm_dist.distributed.world import World
 from ddpm_dist.models.unet import UNet, UNetConfig
 from ddpm_dist.recipe import dump_config
 from ddpm_dist.training import run_folder
-from ddpm_dist.training.ema import MAIN, Ema
+from ddpm_dist.training.ema import Ema
 from ddpm_dist.training.metrics import EventLog, image_grid
 
 log = logging.getLogger(__name__)
@@ -34,15 +32,13 @@ class SnapshotPublisher:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="snapshot")
         self._pending: Future[None] | None = None
 
-    def publish(self, engine: Engine, ema: Ema, step: int) -> None:
+    def publish(self, ema: Ema, step: int) -> None:
         """step: optimizer steps done. All ranks call it; it returns when weights are gathered and the grid is drawn."""
         self.wait()
         cfg, world = self._cfg, self._world
-        addresses = all_addresses(engine.pieces(), world)
-        wants_grid = cfg.logging.grid_images > 0
-        weights = dict(gather_full(ema.averages[MAIN], addresses, engine.shapes, world, everywhere=wants_grid))
+        weights = ema.gather(world)
         network, diffusion = snapshot.build(cfg)
-        if wants_grid:
+        if cfg.logging.grid_images:
             network.load_state_dict(weights)
             images = self._sample_grid(network.eval().to(world.device), diffusion)
             if self._events is not None:

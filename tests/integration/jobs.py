@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ddpm_dist import storage
-from ddpm_dist.distributed.checkpoint import latest_step
+from ddpm_dist.distributed.state_history import latest_step
 from tools.processes import start_bound
 
 ROOT = Path(__file__).resolve().parents[2]
