@@ -107,7 +107,7 @@ def _explain(error: Any) -> str:
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
         return f"{key}: unknown key; {hint}"
     if error["type"] == "missing":
-        return f"{key}: missing; it has no default"
+        return f"{key}: missing, and it has no default; give it in the file or as {key}=VALUE"
     message = error["msg"].removeprefix("Value error, ")
     if not key:
         return message

@@ -1,0 +1,57 @@
+# `make help` lists what there is. Each target does its own set-up: only Python (3.11 or newer), pip and make are needed.
+
+PYTHON ?= python3
+DATA ?= digits
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-full test-hosts test-fid check clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | awk -F '\t' '{printf "  make %-11s %s\n", $$1, $$2}'
+
+demo: $(INSTALLED)  ## train, sample and evaluate on real data with a real cluster and S3 server; DATA=digits|fashion-mnist|emoji
+	@exec $(BIN)/python tools/demo.py $(DATA)
+
+test: $(INSTALLED)  ## the tests, with real servers and processes
+	@$(PYTEST)
+
+test-full: $(INSTALLED)  ## the tests with their whole matrices and long proofs
+	@$(PYTEST) -m "not hosts and not fid"
+
+test-hosts: $(INSTALLED)  ## several hosts on this machine (network namespaces: root and iproute2)
+	@if ls tests/hosts/test_*.py >/dev/null 2>&1; then exec $(PYTEST) -m hosts tests/hosts; \
+	else echo '*** test-hosts: NOTHING RAN, tests/hosts has no tests ***'; fi
+
+test-fid: .venv-fid/.installed  ## FID's network against torch-fidelity, in a virtual environment of its own
+	@OMP_NUM_THREADS=1 .venv-fid/bin/python -m pytest -m fid tests/evaluation
+
+check: $(INSTALLED)  ## formatter, linter, types, layering
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(PYTEST) -q tests/test_layering.py
+
+clean:  ## removes what can be made again: virtual environments, caches, out/demo
+	rm -rf .venv .venv-fid build *.egg-info out/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): setup.py constraints.txt
+	@$(call create_environment,$(VENV),test$(,)dev)
+
+.venv-fid/.installed: setup.py constraints.txt
+	@$(call create_environment,.venv-fid,test$(,)fid)
+
+, := ,
+
+# $(1): folder, $(2): extras. The stamp is written last, so that a set-up that was broken off is done again.
+define create_environment
+$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; make PYTHON=/path/to/python3.11")'
+@echo "installing into $(1) (once; a minute or two, about 2 GB)"
+@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+@$(1)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(2)]'
+@touch $@
+endef

@@ -1,0 +1,89 @@
+"""ddpm_dist.cli, as commands see it: exit codes, one line of error, no traceback."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from ddpm_dist.recipe import parse_config
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = """
+run: {url: "file:///nowhere/run"}
+data: {url: "file:///nowhere/data", image_size: 8, channels: 1}
+model: {channels: 32, channel_mult: [1, 2], attention_resolutions: [4]}
+train: {steps: 10, global_batch: 8}
+"""
+
+
+def command(body: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs `main` with this body through cli.run, in a process."""
+    code = "import sys\nfrom ddpm_dist import cli, errors\ndef main(argv):\n" + textwrap.indent(body, "    ")
+    return subprocess.run(
+        [sys.executable, "-c", f"{code}\ncli.run(main)", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+    )
+
+
+def test_success() -> None:
+    done = command("print('fine')")
+    assert (done.returncode, done.stdout) == (0, "fine\n")
+
+
+def test_a_users_mistake_is_one_message() -> None:
+    done = command("raise errors.ConfigError('train.lr: -1: must be positive')")
+    assert (done.returncode, done.stderr) == (1, "error: train.lr: -1: must be positive\n")
+
+
+def test_the_traceback_is_there_for_who_asks() -> None:
+    done = command("raise errors.ConfigError('no')", DDPM_DIST_TRACEBACK="1")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert done.stderr.endswith("error: no\n")
+
+
+def test_our_own_bug_keeps_its_traceback() -> None:
+    done = command("assert 1 == 2, 'ours'")
+    assert done.returncode == 1
+    assert "AssertionError: ours" in done.stderr
+
+
+def test_an_interrupt_says_how_to_go_on() -> None:
+    done = command("raise KeyboardInterrupt")
+    assert (done.returncode, done.stderr) == (130, "interrupted; the same command continues\n")
+
+
+def test_print_config_shows_what_would_run(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(CONFIG)
+    body = "cfg = cli.config_from(cli.config_parser('x').parse_args(argv)); print('went on')"
+    done = command(body, "--config", str(tmp_path / "a.yaml"), "--print-config", "train.steps=33", "zero.stage=2")
+    assert done.returncode == 0
+    shown = parse_config(done.stdout)
+    assert (shown.train.steps, shown.zero.stage, shown.train.optimizer) == (33, 2, "adam")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("launch/train.py", ["--config", "nowhere.yaml"], "error: --config nowhere.yaml: No such file or directory"),
+        ("launch/train.py", ["train.bogus=1", "train.steps=many"], "train.bogus: unknown key"),
+        ("launch/train_deepspeed.py", ["cluster.workers=3"], "must divide train.global_batch: 8"),
+    ],
+)
+def test_mistakes_in_launch_scripts(script: str, arguments: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(CONFIG)
+    if "--config" not in arguments:
+        arguments = ["--config", str(tmp_path / "a.yaml"), *arguments]
+    done = subprocess.run(
+        [sys.executable, ROOT / script, *arguments], capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

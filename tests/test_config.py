@@ -1,0 +1,137 @@
+"""ddpm_dist.config: what is refused, what is derived, and that the recipes shipped are the paper's."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddpm_dist.config import Config
+from ddpm_dist.errors import ConfigError
+from ddpm_dist.recipe import differences, load_config, parse_config
+from ddpm_dist.snapshot import build
+
+RECIPES = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
+URLS = ["run.url=file:///run", "data.url=file:///data"]
+BASE = """
+run: {url: "file:///run"}
+data: {url: "file:///data", image_size: 32}
+train: {steps: 10, global_batch: 96}
+"""
+
+
+def make(*overrides: str) -> Config:
+    return parse_config(BASE, overrides)
+
+
+def recipe_named(name: str) -> Config:
+    return load_config(next(path for path in RECIPES if path.stem == name), URLS)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_valid_and_its_head_says_how_to_run_it(path: Path) -> None:
+    load_config(path, URLS)
+    head = path.read_text().split("\nrun:")[0]
+    assert all(line.startswith("#") for line in head.splitlines())
+    assert "make demo" in head or f"launch/train.py --config configs/{path.name}" in head
+    assert "Cost" in head
+
+
+@pytest.mark.parametrize(("recipe", "parameters"), [("cifar10", 35_746_307), ("celebahq256", 113_673_219)])
+def test_the_papers_networks_have_the_papers_size(recipe: str, parameters: int) -> None:
+    unet, diffusion = build(recipe_named(recipe))
+    assert sum(p.numel() for p in unet.parameters()) == parameters
+    assert diffusion.timesteps == 1000
+    assert diffusion.alphas_cumprod[-1] == pytest.approx(4.036e-5, rel=1e-3)
+
+
+def test_the_papers_recipes_at_256_pixels_share_all_but_length() -> None:
+    ours, theirs = recipe_named("lsun256"), recipe_named("celebahq256")
+    assert differences(ours, theirs) == {
+        "identity": [],
+        "schedule": ["train.steps: 1200000 -> 500000"],
+        "free": ["evaluation.num_samples: 50000 -> 30000"],
+    }
+    assert (ours.train.lr, ours.train.global_batch, ours.diffusion.variance) == (2e-5, 64, "fixedsmall")
+
+
+def test_the_papers_training_of_cifar10() -> None:
+    cfg = recipe_named("cifar10")
+    train = cfg.train
+    assert (train.optimizer, train.lr, train.betas, train.eps, train.weight_decay) == (
+        "adam",
+        2e-4,
+        (0.9, 0.999),
+        1e-8,
+        0,
+    )
+    assert (train.steps, train.global_batch, train.warmup_steps, train.grad_clip) == (800_000, 128, 5000, 1.0)
+    assert (cfg.ema.decay, cfg.ema.warmup, cfg.data.flip, cfg.model.dropout) == (0.9999, False, True, 0.1)
+    assert (cfg.diffusion.variance, cfg.diffusion.prediction, cfg.diffusion.loss) == ("fixedlarge", "eps", "simple")
+    assert (train.lr_schedule, cfg.precision) == ("constant", "fp32")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.image_size=30"], r"data.image_size: 30 can't be halved 3 times"),
+        (["model.norm_groups=24"], r"model.norm_groups: 24 doesn't divide the 128 channels of level 0"),
+        (["model.head_channels=100"], r"model.head_channels: 100 doesn't divide"),
+        (["model.attention_resolutions=[17]"], r"17 is not among the resolutions \[32, 16, 8, 4\]"),
+        (["diffusion.schedule=given"], r"diffusion.betas: needed with"),
+        (["diffusion.betas=[0.1]"], r"diffusion.betas: needed with"),
+        (["diffusion.schedule=given", "diffusion.betas=[0.1]"], r"1 values for 1000 diffusion.timesteps"),
+        (["diffusion.variance=learned_range"], r"simple gives diffusion.variance: learned_range no gradient"),
+        (["diffusion.loss=hybrid"], r"fixedlarge is fixed"),
+        (["diffusion.label_dropout=0.1"], r"diffusion.label_dropout: needs model.num_classes"),
+        (["diffusion.zero_terminal_snr=true"], r"use v or x_start"),
+        (["sampling.steps=1001"], r"1001 can't be taken out of 1000"),
+        (["data.streams=7"], r"data.streams: 7 doesn't divide train.global_batch: 96"),
+        (["train.lr_schedule=cosine"], r"train.decay_steps: needed with"),
+        (["ema.decay=null"], r"give one of ema.decay and ema.halflife_Mimg"),
+        (["ema.halflife_Mimg=0.5"], r"give one of ema.decay and ema.halflife_Mimg"),
+        (["zero.stage=0"], r"zero.stage: 0 works in fp32 only"),
+        (["precision=fp16"], r"precision: fp16 needs"),
+        (["cluster.workers=5"], r"must divide train.global_batch: 96; admissible up to 5: \[1, 2, 3, 4\]"),
+        (["cluster.workers=[4, 2]"], r"\[4, 2\] is not \[min, max\]"),
+        (["train.lr=-1"], r"train.lr: -1: .*greater than 0"),
+        (["run.seed=-1"], r"run.seed: -1"),
+        (["zero.stage=4"], r"zero.stage: 4: Input should be 0, 1, 2 or 3"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make(*overrides)
+
+
+@pytest.mark.parametrize(("batch", "streams"), [(96, 32), (128, 32), (7, 7), (62, 31), (37, 1)])
+def test_streams_are_the_largest_divisor_up_to_32(batch: int, streams: int) -> None:
+    assert make(f"train.global_batch={batch}").streams == streams
+
+
+@pytest.mark.parametrize(("workers", "expected"), [("3", (3, 3)), ("[2, 6]", (2, 6))])
+def test_worker_range(workers: str, expected: tuple[int, int]) -> None:
+    assert make(f"cluster.workers={workers}").worker_range == expected
+
+
+def test_a_configuration_does_not_change() -> None:
+    cfg: Any = make()
+    with pytest.raises(Exception, match="frozen"):
+        cfg.train.steps = 5
+
+
+def test_every_key_is_documented_or_plain() -> None:
+    """A key whose name is not the field's own word has a description."""
+    plain = {
+        "timesteps", "beta_start", "beta_end", "channel_mult", "num_res_blocks", "norm_groups", "norm_eps", "dropout",
+        "optimizer", "lr", "betas", "eps", "weight_decay", "lr_schedule", "prediction", "variance", "loss", "weighting",
+        "min_snr_gamma", "p2_gamma", "p2_k", "t_sampling", "sampler", "spacing", "precision", "stage", "every_steps",
+        "keep_last", "metrics", "num_samples", "channels", "channels_last", "compile", "cache_bytes", "format",
+        "cpus_per_worker", "gpus_per_worker", "dynamic_quantile", "schedule", "zero_terminal_snr",
+    }  # fmt: skip
+    undocumented = {
+        f"{section}.{key}"
+        for section, field in Config.model_fields.items()
+        for key, inner in getattr(field.annotation, "model_fields", {}).items()
+        if inner.description is None and key not in plain
+    }
+    assert not undocumented
