@@ -175,8 +175,8 @@ def heun(chain: Chain, x: Tensor) -> Sampled:
 def unipc(chain: Chain, x: Tensor, order: int = 3) -> Sampled:
     """UniPC with B_2(h) and data prediction (Zhao et al. 2023, algorithms 5 to 8), one evaluation a step.
 
-    Each evaluation serves twice: it corrects the x it was made at, then predicts the next. The order rises over
-    the first steps, and falls to 1 over the last.
+    Each evaluation serves twice: it corrects the x it was made at, then predicts the next, which makes the whole
+    of order `order` + 1. The order rises over the first steps, and falls over the last to the first order's x_start.
     """
     predict, correct = (_unipc_rows(chain, order, corrected) for corrected in (False, True))
     past: list[Tensor] = []  # x_start of the latest steps, newest first

@@ -128,14 +128,14 @@ def test_vlb_term_equals_its_definition(variance):
     reverse = diffusion.p_mean_variance(output, x_t, t)
     found = vlb_term(diffusion, reverse, x, x_t, t)
     for i, time in enumerate(t.tolist()):
-        p = torch.distributions.Normal(reverse.mean[i], reverse.variance.expand_as(x)[i].sqrt())
+        p = torch.distributions.Normal(reverse.mean[i].double(), reverse.variance.expand_as(x)[i].double().sqrt())
         if time == 0:
             upper = torch.where(x[i] > 0.999, torch.inf, x[i] + 1 / 255)
             lower = torch.where(x[i] < -0.999, -torch.inf, x[i] - 1 / 255)
             expected = -(p.cdf(upper) - p.cdf(lower)).clamp(min=1e-12).log()
         else:
             mean = diffusion.posterior_mean_coef1[time] * x[i] + diffusion.posterior_mean_coef2[time] * x_t[i]
-            q = torch.distributions.Normal(mean.float(), float(diffusion.posterior_variance[time] ** 0.5))
+            q = torch.distributions.Normal(mean.double(), float(diffusion.posterior_variance[time] ** 0.5))
             expected = torch.distributions.kl_divergence(q, p)
         assert found[i].item() == pytest.approx(expected.mean().item() / math.log(2), rel=2e-3, abs=1e-6)
 
