@@ -3,6 +3,7 @@
 The only module that imports deepspeed; what is assumed of its optimizer classes stands in `zero_layout.py`.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -59,6 +60,7 @@ class Engine:
         check(cfg, world)
         self.world = world
         self.accumulation = accumulation
+        self._micro_batch = micro_batch
         self.shapes = {name: p.shape for name, p in network.named_parameters() if p.requires_grad}
         """Shape of every trained parameter, in the network's order."""
         self._clip = cfg.train.grad_clip
@@ -71,12 +73,13 @@ class Engine:
             # DeepSpeed casts the network before it copies the masters from it: they would start rounded.
             initial = {name: p.detach().to("cpu", copy=True).view(-1) for name, p in network.named_parameters()}
         self._adam = _make_optimizer(network, cfg, world)
-        self._ds = deepspeed.initialize(
-            model=network,
-            optimizer=self._adam,
-            config=deepspeed_settings(cfg, world, micro_batch, accumulation, sum(numels.values())),
-            dist_init_required=False,
-        )[0]
+        with contextlib.redirect_stdout(None):  # it prints memory figures there, whatever the log level
+            self._ds = deepspeed.initialize(
+                model=network,
+                optimizer=self._adam,
+                config=deepspeed_settings(cfg, world, micro_batch, accumulation, sum(numels.values())),
+                dist_init_required=False,
+            )[0]
         self._layout = LAYOUTS[cfg.zero.stage](self._ds, self._adam, world)
         self._pieces = self._layout.pieces()
         if initial is not None:
@@ -141,6 +144,19 @@ class Engine:
         scaler = self._scaler()
         if scaler is not None:
             vars(scaler).update(scalars["loss_scaler"])
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the bits of a step depend on beside configuration and data."""
+        return {
+            "world_size": self.world.size,
+            "micro_batch": self._micro_batch,
+            "accumulation": self.accumulation,
+            "zero_stage": self._ds.zero_optimization_stage(),
+            "device": _device_name(self.world.device),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "deepspeed": deepspeed.__version__,
+        }
 
     def close(self) -> None:
         """Takes DeepSpeed's hooks off the network, so that another engine may use it."""
@@ -223,3 +239,7 @@ def _make_cpu_adam(parameters: list[nn.Parameter], cfg: Config) -> torch.optim.O
             "(g++) and ninja on every node, or set zero.offload_optimizer=false"
         ) from None
     return optimizer
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

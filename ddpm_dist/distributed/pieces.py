@@ -100,6 +100,11 @@ def gather_full(
         yield from full.items()
 
 
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, writable and in place."""
+    return memoryview(tensor.numpy()).cast("B")  # type: ignore[arg-type]
+
+
 def _transfer(flat: Tensor | None, numel: int, owner: int, world: World, everywhere: bool) -> Tensor | None:
     """The owner's values, given on the owner alone: on rank 0, or on all ranks; None where they aren't wanted."""
     if world.size == 1 or (owner == 0 and not everywhere):

@@ -1,0 +1,102 @@
+"""Which states a run has: claims by attempts, and the removal of what nobody needs."""
+
+import json
+import os
+import platform
+import time
+import uuid
+
+from ddpm_dist import storage
+from ddpm_dist.distributed import state_format as fmt
+from ddpm_dist.errors import ClaimError, NotFoundError, StateError
+
+OWNER = "owner"
+
+
+def read(url: str) -> tuple[dict[int, fmt.StateId | None], list[fmt.StateId]]:
+    """(attempt -> the state that it continues, valid states newest first) of a run's checkpoints folder."""
+    names = [name.split("/") for name in storage.list_objects(url)]
+    published = [s for n in names if len(n) == 2 and n[1] == fmt.MANIFEST and (s := fmt.StateId.parse(n[0]))]
+    attempts = [int(n[1]) for n in names if len(n) == 2 and n[0] == OWNER and n[1].isdigit()]
+    claims = _chain(url, attempts)
+    return {**dict.fromkeys(attempts), **claims}, fmt.valid_states(claims, published)
+
+
+def latest_step(run_url: str) -> int | None:
+    """Step of a run's newest valid state; None if it has none."""
+    _, states = read(storage.join(run_url, "checkpoints"))
+    return states[0].step if states else None
+
+
+def _chain(url: str, attempts: list[int]) -> dict[int, fmt.StateId | None]:
+    """The claims of the newest attempt, of the one that wrote what it continues, and so on."""
+    claims: dict[int, fmt.StateId | None] = {}
+    attempt = max(attempts, default=0)
+    while attempt in attempts and attempt not in claims:
+        continued = _read_claim(_owner_url(url, attempt))
+        claims[attempt] = continued
+        attempt = continued.attempt if continued is not None else 0
+    return claims
+
+
+def _read_claim(url: str) -> fmt.StateId | None:
+    try:
+        name = json.loads(storage.read(url))["continues"]
+        return None if name is None else fmt.StateId.parse(name)
+    except (ValueError, KeyError, TypeError):
+        raise StateError(
+            f"{storage.redact(url)}: not a claim of a run; restore it, or remove the run's folder"
+        ) from None
+
+
+def claim(url: str, attempt: int, continues: fmt.StateId | None) -> None:
+    """Creates `owner/<attempt>`; ClaimError if somebody else just did."""
+    record = {
+        "attempt": attempt,
+        "continues": None if continues is None else str(continues),
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "time": time.time(),
+        "unique": uuid.uuid4().hex,
+    }
+    if not storage.create(_owner_url(url, attempt), json.dumps(record).encode()):
+        raise ClaimError(
+            f"{storage.redact(url)}: another job claimed this run at this moment; give one of both another run.url"
+        )
+
+
+def check_owner(url: str, attempt: int) -> None:
+    """ClaimError if a newer attempt has claimed the run: then nothing of this one counts any more."""
+    newest = max((int(name) for name in storage.list_names(storage.join(url, OWNER)) if name.isdigit()), default=0)
+    if newest > attempt:
+        raise ClaimError(
+            f"{storage.redact(url)}: attempt {newest} has taken this run over from attempt {attempt}, which ends here"
+        )
+
+
+def collect(url: str, newest: fmt.StateId, keep: set[fmt.StateId]) -> None:
+    """Removes what isn't to be kept: old states, void ones, and leftovers of saves that were broken off.
+
+    newest: the state just published. What its attempt is writing after it, or a successor writes, is left alone.
+    """
+    check_owner(url, newest.attempt)
+    for name in storage.list_names(url):
+        state = fmt.StateId.parse(name)
+        if state is None or state in keep or state.attempt > newest.attempt:
+            continue
+        if state.attempt == newest.attempt and state.step > newest.step:
+            continue
+        remove(storage.join(url, name))
+
+
+def remove(state_url: str) -> None:
+    """The manifest first, so that no reader takes what is half removed for a state."""
+    storage.delete(storage.join(state_url, fmt.MANIFEST))
+    try:
+        storage.delete_tree(state_url)
+    except NotFoundError:
+        pass
+
+
+def _owner_url(url: str, attempt: int) -> str:
+    return storage.join(url, OWNER, f"{attempt:06d}")
