@@ -237,8 +237,7 @@ class Config(Section):
     @property
     def streams(self) -> int:
         """Canonical streams S."""
-        batch = self.train.global_batch
-        return self.data.streams or max(s for s in range(1, min(batch, 32) + 1) if batch % s == 0)
+        return self.data.streams or default_streams(self.train.global_batch)
 
     @property
     def threads(self) -> int:
@@ -250,6 +249,11 @@ class Config(Section):
         """Fewest and most training processes."""
         workers = self.cluster.workers
         return workers if isinstance(workers, tuple) else (workers, workers)
+
+
+def default_streams(global_batch: int) -> int:
+    """The largest divisor of the global batch up to 32."""
+    return max(s for s in range(1, min(global_batch, 32) + 1) if global_batch % s == 0)
 
 
 def _check_model(cfg: Config) -> None:

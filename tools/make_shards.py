@@ -3,21 +3,23 @@
     tools/make_shards.py digits s3://bucket/digits
     tools/make_shards.py fashion-mnist --split test file:///data/fashion-test
     tools/make_shards.py emoji --split heldout s3://bucket/emoji-heldout
+    tools/make_shards.py cifar10 cifar-10-python.tar.gz s3://bucket/cifar10
+    tools/make_shards.py folder photos --size 256 --format jpeg s3://bucket/photos256
+    tools/make_shards.py parquet s3://bucket/imagenet-parquet --size 256 --ray 64 s3://bucket/imagenet256
 
 Started again after a kill, it makes what is missing. It never overwrites.
 """
 
 import argparse
 import os
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 from ddpm_dist import cli
-from ddpm_dist.data.build import build, make_plan, run_in_processes
+from ddpm_dist.config import ClusterConfig
+from ddpm_dist.data.build import Plan, ShardMaker, build, make_plan, run_in_processes
 from ddpm_dist.data.sources import SOURCES, SourceOptions
+from ddpm_dist.distributed.ray_pool import ActorPool, Failed
 
 SMALL = 5000
 """Samples up to which starting processes costs more than they save."""
@@ -39,9 +41,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shard-bytes", type=int, default=2**26, metavar="BYTES", help="about so many a shard")
     parser.add_argument("--shard-samples", type=int, metavar="N", help="exactly so many a shard, instead of bytes")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffle before writing")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out images that can't be decoded")
     parser.add_argument("--no-shuffle", action="store_true", help="keep the input's order")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: all cores, 1 for small sets)")
+    parser.add_argument("--ray", type=int, metavar="N", help="instead: up to N Ray workers, on the nodes of a cluster")
     return parser.parse_args(argv)
+
+
+def run_on_ray(workers: int, plan: Plan, url: str, numbers: list[int]) -> Iterator[int]:
+    """Shards over the nodes of the cluster at RAY_ADDRESS; input and output must be reachable from each."""
+    with ActorPool(partial(ShardMaker, plan, url), (1, workers), ClusterConfig()) as pool:
+        for outcome in pool.map(numbers):
+            if isinstance(outcome, Failed):
+                raise outcome.error
+            yield outcome.value
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -54,11 +67,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         quality=args.quality,
         channels=args.channels,
         shuffle_seed=None if args.no_shuffle else args.seed,
+        skip_bad=args.skip_bad,
         samples_per_shard=args.shard_samples,
         bytes_per_shard=args.shard_bytes,
     )
+    if args.ray:
+        build(plan, args.url, partial(run_on_ray, args.ray))
+        return
     workers = args.workers or (1 if plan.samples < SMALL else os.cpu_count() or 1)
-    build(plan, args.url, run_in_processes(workers))
+    build(plan, args.url, partial(run_in_processes, workers))
 
 
 if __name__ == "__main__":

@@ -7,34 +7,35 @@ The index is the same bytes whatever happened on the way.
 
 import json
 import logging
-import multiprocessing
-import os
 import re
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from ddpm_dist import storage
-from ddpm_dist.data import decode
-from ddpm_dist.data.index import INDEX_NAME, DataIndex, ShardInfo, load_index
-from ddpm_dist.data.order import key_of, permute
+from ddpm_dist.data import decode, parts
+from ddpm_dist.data.index import INDEX_NAME, DataIndex, load_index
+from ddpm_dist.data.order import Ints, key_of, permute
+from ddpm_dist.data.processes import in_processes
 from ddpm_dist.data.sources import Item, Source, SourceOptions, open_source
-from ddpm_dist.data.writer import EncodedSample, ShardSummary, WrittenShard, write_index, write_shard
+from ddpm_dist.data.writer import EncodedSample, write_index, write_shard
 from ddpm_dist.errors import ConfigError, DataError, NotFoundError
 
 log = logging.getLogger(__name__)
 
 PLAN_NAME = "plan.json"
-PARTS_FOLDER = "parts"
 MIN_SHARDS = 8
 PROBES = 64
 PROGRESS_S = 5.0
-CHECK_PARENT_S = 2.0
-EXTENSIONS = {"png": "png", "jpeg": "jpg", "webp": "webp", "gif": "gif", "bmp": "bmp", "ppm": "ppm", "tiff": "tif"}
+MEMBER_BYTES = 2048
+"""What a tar adds to an image: two headers, a label, padding."""
+EXTENSIONS = {
+    "png": "png", "jpeg": "jpg", "mpo": "jpg", "webp": "webp", "gif": "gif", "bmp": "bmp", "ppm": "ppm", "tiff": "tif",
+    "npy": "npy",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,10 @@ class Plan:
     channels: int | None
     shuffle_seed: int | None
     """None: the input's order."""
+    skip_bad: bool = False
+    """Leave out what can't be decoded."""
+    run: int = 1
+    """Items that the shuffle leaves together on their way to a shard; in it they are shuffled again."""
 
     @property
     def shards(self) -> int:
@@ -68,6 +73,7 @@ def make_plan(
     quality: int,
     channels: int | None,
     shuffle_seed: int | None,
+    skip_bad: bool,
     samples_per_shard: int | None,
     bytes_per_shard: int,
 ) -> Plan:
@@ -75,30 +81,24 @@ def make_plan(
     source = open_source(kind, options)
     if not len(source):
         raise DataError(f"{kind} {' '.join(options.inputs)}: holds no image")
-    plan = Plan(kind, options, len(source), 1, format, quality, channels, shuffle_seed)
+    plan = Plan(kind, options, len(source), 1, format, quality, channels, shuffle_seed, skip_bad, source.run)
     if samples_per_shard is None:
-        probes = np.unique(np.linspace(0, len(source) - 1, PROBES).astype(int))
-        mean = np.mean([len(encode_item(plan, source[int(i)], int(i)).image) for i in probes]) + 2048
-        samples_per_shard = max(1, min(int(bytes_per_shard // mean), -(-len(source) // MIN_SHARDS)))
-    return Plan(kind, options, len(source), samples_per_shard, format, quality, channels, shuffle_seed)
+        probes = np.unique(np.linspace(0, len(source) - 1, PROBES).astype(int)).tolist()
+        sizes = [len(sample.image) + MEMBER_BYTES for sample in _encode_all(plan, source, probes)]
+        samples_per_shard = max(1, min(int(bytes_per_shard // np.mean(sizes or 1)), -(-len(source) // MIN_SHARDS)))
+    return replace(plan, samples_per_shard=samples_per_shard)
 
 
 def encode_item(plan: Plan, item: Item, number: int) -> EncodedSample:
-    """An item as it will stand in a shard; DataError names an image that can't be read."""
+    """An item as it will stand in a shard; raises BadSampleError."""
     stem = re.sub(r"[^A-Za-z0-9_-]+", "_", item.name)[-60:]
     key = f"{number:08d}_{stem}" if stem else f"{number:08d}"
     size = plan.options.size
     if plan.format == "keep" and isinstance(item.image, bytes) and size is None and plan.channels is None:
-        try:
-            form = decode.describe(item.image)[0]
-        except decode.BadSampleError as error:
-            raise DataError(f"{item.name}: {error}; remove it from the input, or use --skip-bad") from None
-        return EncodedSample(key, item.image, EXTENSIONS.get(form, form), item.label)
-    try:
-        data = item.image if isinstance(item.image, bytes) else decode.encode_raw(item.image)
-        pixels = decode.decode(data, size, plan.channels)
-    except decode.BadSampleError as error:
-        raise DataError(f"{item.name or number}: {error}; remove it from the input") from None
+        form = decode.describe(item.image)[0]
+        return EncodedSample(key, item.image, EXTENSIONS[form], item.label)
+    data = item.image if isinstance(item.image, bytes) else decode.encode_raw(item.image)
+    pixels = decode.decode(data, size, plan.channels)
     if plan.format == "jpeg":
         return EncodedSample(key, decode.encode_jpeg(pixels, plan.quality), "jpg", item.label)
     if plan.format == "raw":
@@ -113,17 +113,45 @@ def shard_name(number: int) -> str:
 def make_shard(plan: Plan, source: Source, url: str, number: int) -> int:
     """Makes and publishes one shard and then its part file; returns its number of samples."""
     written = write_shard(url, shard_name(number), shard_samples(plan, source, number))
-    storage.publish(_part_url(url, number), json.dumps(asdict(written)).encode())
+    parts.publish_part(url, number, written)
     return written.info.samples
 
 
 def shard_samples(plan: Plan, source: Source, number: int) -> Iterator[EncodedSample]:
+    """The samples of a shard. They are read in the input's order and shuffled on their way out."""
     start = number * plan.samples_per_shard
     places = np.arange(start, min(start + plan.samples_per_shard, plan.samples))
-    if plan.shuffle_seed is not None:
-        places = permute(places, plan.samples, key_of(plan.shuffle_seed))
-    for i in places.tolist():
-        yield encode_item(plan, source[i], i)
+    if plan.shuffle_seed is None:
+        yield from _encode_all(plan, source, places.tolist())
+        return
+    items = np.sort(shuffled(places, plan.samples, plan.run, plan.shuffle_seed)).tolist()
+    encoded = list(_encode_all(plan, source, items))
+    for i in permute(np.arange(len(encoded)), len(encoded), key_of(plan.shuffle_seed, number)).tolist():
+        yield encoded[i]
+
+
+def shuffled(places: Ints, count: int, run: int, seed: int) -> Ints:
+    """The items at places of a shuffle of 0..count−1 that keeps runs of consecutive items together."""
+    runs = -(-count // run)
+    order = permute(np.arange(runs) if run > 1 else places, runs, key_of(seed))
+    if run == 1:
+        return order
+    sizes = np.where(order == runs - 1, count - (runs - 1) * run, run)
+    starts = np.concatenate(([0], np.cumsum(sizes)))
+    found = np.searchsorted(starts, places, side="right") - 1
+    return order[found] * run + places - starts[found]
+
+
+def _encode_all(plan: Plan, source: Source, numbers: Iterable[int]) -> Iterator[EncodedSample]:
+    for number in numbers:
+        item = source[number]
+        try:
+            yield encode_item(plan, item, number)
+        except decode.BadSampleError as error:
+            what = f"{item.name or number}: {error}"
+            if not plan.skip_bad:
+                raise DataError(f"{what}; remove it from the input, or leave out such images (--skip-bad)") from None
+            log.warning("make_shards: left out: %s", what)
 
 
 def build(plan: Plan, url: str, run: Callable[[Plan, str, list[int]], Iterable[int]]) -> DataIndex:
@@ -135,7 +163,7 @@ def build(plan: Plan, url: str, run: Callable[[Plan, str, list[int]], Iterable[i
     if _claim(plan, url):
         log.info("make_shards: %s holds this data set already, complete", storage.redact(url))
         return load_index(url)
-    finished = _finished(url)
+    finished = parts.finished_parts(url)
     missing = [number for number in range(plan.shards) if number not in finished]
     done = sum(_count(plan, number) for number in finished)
     log.info(
@@ -165,49 +193,20 @@ def build(plan: Plan, url: str, run: Callable[[Plan, str, list[int]], Iterable[i
     return index
 
 
-def run_in_process(plan: Plan, url: str, numbers: list[int]) -> Iterator[int]:
-    source = open_source(plan.kind, plan.options)
-    for number in numbers:
-        yield make_shard(plan, source, url, number)
+class ShardMaker:
+    """Makes shards of a plan, by number; the input is opened once."""
+
+    def __init__(self, plan: Plan, url: str) -> None:
+        self._plan, self._url = plan, url
+        self._source = open_source(plan.kind, plan.options)
+
+    def __call__(self, number: int) -> int:
+        return make_shard(self._plan, self._source, self._url, number)
 
 
-def run_in_processes(workers: int) -> Callable[[Plan, str, list[int]], Iterator[int]]:
+def run_in_processes(workers: int, plan: Plan, url: str, numbers: list[int]) -> Iterator[int]:
     """Shards over the cores of this machine."""
-
-    def run(plan: Plan, url: str, numbers: list[int]) -> Iterator[int]:
-        if workers == 1 or len(numbers) < 2:
-            yield from run_in_process(plan, url, numbers)
-            return
-        context = multiprocessing.get_context("spawn")
-        arguments = (plan, url, os.getpid())
-        with ProcessPoolExecutor(min(workers, len(numbers)), context, _open_in_worker, arguments) as pool:
-            try:
-                yield from pool.map(_make_in_worker, numbers)
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
-
-    return run
-
-
-_worker: tuple[Plan, str, Source]
-
-
-def _open_in_worker(plan: Plan, url: str, parent: int) -> None:
-    global _worker
-    _worker = (plan, url, open_source(plan.kind, plan.options))
-    threading.Thread(target=_leave_with_parent, args=(parent,), daemon=True).start()
-
-
-def _leave_with_parent(parent: int) -> None:
-    """A killed parent can't stop its pool."""
-    while os.getppid() == parent:
-        time.sleep(CHECK_PARENT_S)
-    os._exit(1)
-
-
-def _make_in_worker(number: int) -> int:
-    plan, url, source = _worker
-    return make_shard(plan, source, url, number)
+    return in_processes(partial(ShardMaker, plan, url), numbers, workers)
 
 
 def _claim(plan: Plan, url: str) -> bool:
@@ -230,30 +229,13 @@ def _claim(plan: Plan, url: str) -> bool:
     return storage.exists(storage.join(url, INDEX_NAME))
 
 
-def _part_url(url: str, number: int) -> str:
-    return storage.join(url, PARTS_FOLDER, f"{number:06d}.json")
-
-
-def _finished(url: str) -> set[int]:
-    names = storage.list_names(storage.join(url, PARTS_FOLDER))
-    return {int(name.removesuffix(".json")) for name in names if re.fullmatch(r"\d+\.json", name)}
-
-
 def _count(plan: Plan, number: int) -> int:
     return min(plan.samples_per_shard, plan.samples - number * plan.samples_per_shard)
 
 
 def _publish_index(plan: Plan, url: str) -> DataIndex:
-    with ThreadPoolExecutor(16) as pool:
-        written = list(pool.map(lambda number: _read_part(url, number), range(plan.shards)))
     source = open_source(plan.kind, plan.options)
+    written = parts.read_parts(url, range(plan.shards))
     index = write_index(url, written, class_names=source.class_names, about=source.about)
-    storage.delete_tree(storage.join(url, PARTS_FOLDER))
+    parts.delete_parts(url)
     return index
-
-
-def _read_part(url: str, number: int) -> WrittenShard:
-    values = json.loads(storage.read(_part_url(url, number)))
-    summary = values["summary"]
-    sizes = {name: tuple(summary[name]) for name in ("min_size", "max_size")}
-    return WrittenShard(ShardInfo(**values["info"]), ShardSummary(**{**summary, **sizes}))

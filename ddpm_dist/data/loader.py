@@ -5,7 +5,7 @@ import logging
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -131,8 +131,13 @@ def open_sets(cfg: Config) -> tuple[list[DataIndex], list[float]]:
     They are ordered by content, so that a set may move to another URL.
     """
     urls = {cfg.data.url: 1.0} if isinstance(cfg.data.url, str) else cfg.data.url
+    return open_urls(urls, cfg.data.exclude_shards)
+
+
+def open_urls(urls: Mapping[str, float], exclude_shards: Iterable[str] = ()) -> tuple[list[DataIndex], list[float]]:
+    """As `open_sets`, of {URL: weight}."""
     found = [(load_index(url), weight) for url, weight in urls.items()]
-    excluded = set(cfg.data.exclude_shards)
+    excluded = set(exclude_shards)
     unknown = excluded - {shard.name for index, _ in found for shard in index.shards}
     if unknown:
         raise ConfigError(f"data.exclude_shards: no shard is called {sorted(unknown)[0]!r}")

@@ -10,6 +10,7 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import webdataset
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
@@ -40,7 +41,7 @@ def write_tar(samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> bytes:
     return buffer.getvalue()
 
 
-def read_tar(stream: io.BufferedIOBase | io.RawIOBase, url: str) -> Iterator[dict[str, bytes]]:
+def read_tar(stream: io.BufferedIOBase | io.RawIOBase, url: str) -> Iterator[dict[str, Any]]:
     """Samples {"__key__": …, extension: bytes} of a tar, by WebDataset's stages; for inputs that have no index."""
     yield from group_by_keys(tar_file_expander([{"url": url, "stream": stream}]))
 

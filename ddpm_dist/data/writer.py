@@ -1,5 +1,6 @@
 """Writes data sets: deterministic WebDataset shards, each published whole, and the index at the end."""
 
+import json
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -95,7 +96,8 @@ def write_index(
 def index_tar(name: str, data: bytes, label_field: str = "cls") -> tuple[WrittenShard, SampleTable]:
     """The table of a shard's bytes, and what the index says of it. Raises ShardError, DataError.
 
-    label_field: extension of the member that holds the label as decimal text.
+    label_field: extension of the member that holds the class as decimal text, or `json:FIELD` for a field of the
+    .json member.
     """
     samples = tar.walk(data, name)
     rows = np.zeros(len(samples), ROW)
@@ -161,14 +163,15 @@ def _members(sample: EncodedSample) -> dict[str, bytes]:
 
 
 def _label(data: bytes, files: Mapping[str, tar.Member], label_field: str, place: str) -> int:
-    member = files.get(label_field)
+    extension, _, json_field = label_field.partition(":")
+    member = files.get(extension)
     if member is None:
         return NO_LABEL
     text = data[member.offset : member.offset + member.size]
     try:
-        label = int(text)
+        label = int(json.loads(text)[json_field] if json_field else text)
         if 0 <= label < 2**31:
             return label
-    except ValueError:
+    except (ValueError, KeyError, TypeError):
         pass
     raise DataError(f"{place}.{label_field}: {text[:40]!r} is not a class number (0, 1, …)")

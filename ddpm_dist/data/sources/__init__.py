@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ddpm_dist.data.sources.arrays import digits, fashion_mnist, idx
+from ddpm_dist.data.sources.arrays import cifar10, digits, fashion_mnist, idx, npz
 from ddpm_dist.data.sources.base import Item, Source
 from ddpm_dist.data.sources.emoji import Emoji
+from ddpm_dist.data.sources.files import folder, tar_archive, zip_archive
+from ddpm_dist.data.sources.tables import Indexed, Lsun, Parquet
 from ddpm_dist.errors import ConfigError
 
 
@@ -16,14 +18,23 @@ class SourceOptions:
     inputs: tuple[str, ...] = ()
     split: str = "train"
     labels: str | None = None
+    """File of labels, or "none"."""
     size: int | None = None
 
 
 SOURCES: dict[str, Callable[[SourceOptions], Source]] = {
     "digits": lambda o: digits(),
-    "fashion-mnist": lambda o: fashion_mnist(_optional(o), o.split),
-    "emoji": lambda o: Emoji(_optional(o), o.split, o.size or 32),
+    "fashion-mnist": lambda o: fashion_mnist(o.inputs[0] if o.inputs else None, o.split),
+    "emoji": lambda o: Emoji(o.inputs[0] if o.inputs else None, o.split, o.size or 32),
+    "cifar10": lambda o: cifar10(_one("cifar10", o), o.split),
     "idx": lambda o: idx(_one("idx", o), o.labels),
+    "npz": lambda o: npz(_one("npz", o), o.labels),
+    "folder": lambda o: folder(_one("folder", o), o.labels),
+    "zip": lambda o: zip_archive(_one("zip", o), o.labels),
+    "tar": lambda o: tar_archive(_one("tar", o), o.labels),
+    "parquet": lambda o: Parquet(o.inputs, o.labels),
+    "lsun": lambda o: Lsun(_one("lsun", o)),
+    "webdataset": lambda o: Indexed(_one("webdataset", o)),
 }
 
 
@@ -36,12 +47,8 @@ def open_source(kind: str, options: SourceOptions) -> Source:
 
 def _one(kind: str, options: SourceOptions) -> str:
     if len(options.inputs) != 1:
-        raise ConfigError(f"{kind}: one input is wanted, {len(options.inputs)} are given")
+        raise ConfigError(f"{kind}: one INPUT is wanted before the URL, {len(options.inputs)} are given")
     return options.inputs[0]
-
-
-def _optional(options: SourceOptions) -> str | None:
-    return options.inputs[0] if options.inputs else None
 
 
 __all__ = ["SOURCES", "Item", "Source", "SourceOptions", "open_source"]

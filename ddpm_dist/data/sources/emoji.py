@@ -31,6 +31,7 @@ class Emoji:
     tone) in the training set: split "train", "heldout" or "all".
     """
 
+    run = 1
     class_names: tuple[str, ...] | None = None
 
     def __init__(self, folder: str | None, split: str, size: int = 32) -> None:
