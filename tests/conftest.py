@@ -11,6 +11,7 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 
 from ddpm_dist import storage  # noqa: E402
 from tests.faulty_proxy import FaultyProxy  # noqa: E402
+from tests.ray_local import ray_cluster, ray_nodes  # noqa: E402, F401
 from tools.s3_server import S3Server  # noqa: E402
 
 

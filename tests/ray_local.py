@@ -1,0 +1,123 @@
+"""A Ray cluster of the tests' own: its own ports and folder, nodes that can be killed as by a power cut."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tools.processes import start_bound
+from tools.s3_server import S3Server
+
+ROOT = Path(__file__).resolve().parents[1]
+START_S = 60.0
+
+# One token for all clusters and clients of these tests: a file in the home directory may change under them.
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ.setdefault("RAY_AUTH_TOKEN", uuid.uuid4().hex)
+
+
+class RayCluster:
+    """A head with some logical CPUs; `add_node` and `kill_node` change its size."""
+
+    def __init__(self, cpus: int, environment: dict[str, str]) -> None:
+        self.folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+        self.env = {
+            **environment,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "RAY_health_check_initial_delay_ms": "1000",
+            "RAY_health_check_period_ms": "1000",
+            "RAY_health_check_failure_threshold": "3",
+            "RAY_DEDUP_LOGS": "0",
+        }
+        self.address = f"127.0.0.1:{_free_port()}"
+        self.head = self._start(["--head", f"--port={self.address.split(':')[1]}", f"--temp-dir={self.folder}"], cpus)
+
+    def add_node(self, cpus: int) -> "subprocess.Popen[str]":
+        return self._start([f"--address={self.address}"], cpus)
+
+    def kill_node(self, node: "subprocess.Popen[str]") -> None:
+        """SIGKILL to all of a node's processes at once."""
+        if node.poll() is None:
+            for process in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
+                _kill(process)
+            node.wait()
+
+    def workers(self, name: str = "ray::_Host") -> list[psutil.Process]:
+        """Actor processes of this cluster whose title begins with a name."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                title = process.cmdline()
+                parents = process.parents() if title and title[0].startswith(name) else []
+                if any(self.folder in " ".join(parent.cmdline()) for parent in parents):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def close(self) -> None:
+        self.kill_node(self.head)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _start(self, arguments: list[str], cpus: int) -> "subprocess.Popen[str]":
+        command = [
+            str(Path(sys.executable).with_name("ray")), "start", *arguments, "--block", f"--num-cpus={cpus}",
+            f"--dashboard-agent-listen-port={_free_port()}", "--include-dashboard=false", "--disable-usage-stats",
+            "--node-ip-address=127.0.0.1", "--object-store-memory=200000000", "--min-worker-port=0",
+            "--max-worker-port=0",
+        ]  # fmt: skip
+        log = Path(self.folder) / f"start-{time.monotonic_ns()}.log"
+        with log.open("w") as out:
+            environment = {**os.environ, **self.env}
+            node = start_bound(command, env=environment, stdout=out, stderr=out, text=True, cwd=ROOT)
+        deadline = time.monotonic() + START_S
+        while "Ray runtime started" not in log.read_text():
+            assert node.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        return node
+
+
+@pytest.fixture(scope="session")
+def ray_nodes(s3_server: S3Server) -> Iterator[RayCluster]:
+    """A cluster with 4 logical CPUs whose nodes know the S3 server."""
+    cluster = RayCluster(4, s3_server.env)
+    yield cluster
+    _disconnect()
+    cluster.close()
+
+
+@pytest.fixture
+def ray_cluster(ray_nodes: RayCluster, monkeypatch: pytest.MonkeyPatch) -> RayCluster:
+    """The same, as this process's RAY_ADDRESS."""
+    monkeypatch.setenv("RAY_ADDRESS", ray_nodes.address)
+    return ray_nodes
+
+
+def _disconnect() -> None:
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        sys.modules["ray"].shutdown()
+
+
+def _kill(process: psutil.Process) -> None:
+    try:
+        process.send_signal(signal.SIGKILL)
+    except psutil.NoSuchProcess:
+        pass
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
