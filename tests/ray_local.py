@@ -41,7 +41,8 @@ class RayCluster:
             "RAY_DEDUP_LOGS": "0",
         }
         self.address = f"127.0.0.1:{_free_port()}"
-        self.head = self._start(["--head", f"--port={self.address.split(':')[1]}", f"--temp-dir={self.folder}"], cpus)
+        head = ["--head", "--include-dashboard=false", f"--port={self.address.split(':')[1]}"]
+        self.head = self._start([*head, f"--temp-dir={self.folder}"], cpus)
 
     def add_node(self, cpus: int) -> "subprocess.Popen[str]":
         return self._start([f"--address={self.address}"], cpus)
@@ -73,7 +74,7 @@ class RayCluster:
     def _start(self, arguments: list[str], cpus: int) -> "subprocess.Popen[str]":
         command = [
             str(Path(sys.executable).with_name("ray")), "start", *arguments, "--block", f"--num-cpus={cpus}",
-            f"--dashboard-agent-listen-port={_free_port()}", "--include-dashboard=false", "--disable-usage-stats",
+            f"--dashboard-agent-listen-port={_free_port()}", "--disable-usage-stats",
             "--node-ip-address=127.0.0.1", "--object-store-memory=200000000", "--min-worker-port=0",
             "--max-worker-port=0",
         ]  # fmt: skip

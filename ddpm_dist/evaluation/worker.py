@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -182,6 +183,6 @@ def _blocks(images: SetPart, size: int, limit: int) -> Iterator[tuple[int, Tenso
     samples = itertools.islice(samples, max(0, limit - first))
     while block := list(itertools.islice(samples, size)):
         labels = [sample.label for sample in block]
-        pixels = torch.stack([torch.from_numpy(sample.image) for sample in block])
+        pixels = torch.from_numpy(np.stack([sample.image for sample in block]))
         yield first, pixels, None if None in labels else torch.tensor(labels)
         first += len(block)

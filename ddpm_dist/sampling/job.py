@@ -237,7 +237,7 @@ def _finish(out: str, manifest: Manifest, made: int) -> Result:
     about = {"made_by": "ddpm_dist sampling", "snapshot_id": manifest.snapshot_id, "seed": manifest.seed}
     write_index(out, [receipt.written for receipt in receipts], about=about)
     grid = storage.join(out, GRID)
-    first = [torch.from_numpy(sample.image) for sample in itertools.islice(iterate(out), GRID_IMAGES)]
+    first = [torch.tensor(sample.image) for sample in itertools.islice(iterate(out), GRID_IMAGES)]
     storage.publish(grid, grid_png(torch.stack(first)))
     return Result(out, manifest, made, duplicates, grid)
 
