@@ -108,6 +108,10 @@ class DataIndex:
         return sum(shard.bytes for shard in self.shards)
 
     @property
+    def bytes_per_sample(self) -> float:
+        return self.num_bytes / self.num_samples
+
+    @property
     def num_classes(self) -> int | None:
         return self.schema.num_classes
 

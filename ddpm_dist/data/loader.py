@@ -173,25 +173,20 @@ def check_memory(cfg: Config, order: Order, indexes: list[DataIndex]) -> None:
     used to fetch ahead.
     """
     world = cfg.worker_range[0]
-    needed = 0
+    needed = largest = 0
     for rank in range(min(world, 64)):
         runs = order.runs(*share_of(rank, world, order.global_batch))
-        sizes = [block_bytes(order, indexes, d, stream) for d, stream, _, _ in runs]
-        needed = max(needed, sum(sizes) + max(sizes))
+        samples = [order.sets[d].largest_block(stream) for d, stream, _, _ in runs]
+        sizes = [n * indexes[run[0]].bytes_per_sample for n, run in zip(samples, runs, strict=True)]
+        needed = max(needed, int(sum(sizes) + max(sizes)))
+        largest = max(largest, *samples)
     if needed > cfg.data.buffer_bytes:
-        fits = max(1, cfg.data.shuffle_block * cfg.data.buffer_bytes // needed)
+        fits = max(1, largest * cfg.data.buffer_bytes // needed)
         raise ConfigError(
             f"data.shuffle_block: {cfg.data.shuffle_block} samples of each stream of a rank are {needed} bytes at "
             f"{world} workers, data.buffer_bytes allows {cfg.data.buffer_bytes}; use a block of {fits}, more bytes, "
             f"or more workers"
         )
-
-
-def block_bytes(order: Order, indexes: list[DataIndex], number: int, stream: int) -> int:
-    """Bytes of the largest block of a stream, with the set's mean bytes a sample."""
-    index, set_order = indexes[number], order.sets[number]
-    samples = min(set_order.shuffle_block, set_order.steps_per_epoch * set_order.width(stream))
-    return samples * index.num_bytes // index.num_samples
 
 
 def flip(part: Part, seed: int) -> None:

@@ -152,6 +152,10 @@ class SetOrder:
         """Places of a stream in each batch."""
         return self.first_place(stream + 1) - self.first_place(stream)
 
+    def largest_block(self, stream: int) -> int:
+        """Samples of the largest block of a stream."""
+        return min(self.shuffle_block, self.steps_per_epoch * self.width(stream))
+
     def block_at(self, epoch: int, stream: int, position: int) -> Block:
         """The block that holds a position of a stream."""
         width = self.width(stream)

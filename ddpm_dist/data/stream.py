@@ -82,6 +82,9 @@ class Window:
 
     def samples(self, step: int) -> Iterator[Sample]:
         """The samples of the places at a step, in the order of the places; steps only rise."""
+        for name, loaded in list(self._current.items()):
+            if loaded.block.last_step < step:
+                self._drop(name)
         self._fetch_ahead(step)
         for d, stream, low, high in self._runs:
             set_order = self._order.sets[d]
@@ -98,12 +101,14 @@ class Window:
         current = self._current.get(stream)
         while current is None or current.block.epoch != epoch or position >= current.block.start + current.block.count:
             if current is not None:
-                self._bytes -= current.nbytes
-                del self._current[stream]
+                self._drop(stream)
             if not self._waiting[stream]:  # two blocks end in one step
                 self._fetch_ahead(self._next.first_step)
             current = self._current[stream] = self._waiting[stream].popleft()[1].result()
         return current
+
+    def _drop(self, stream: tuple[int, int]) -> None:
+        self._bytes -= self._current.pop(stream).nbytes
 
     def _fetch_ahead(self, step: int) -> None:
         while self._next.first_step <= step + self._ahead:
