@@ -164,7 +164,8 @@ class SamplingConfig(Section):
     sampler: Free[Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "heun", "unipc"]] = "ddpm"
     steps: Free[Positive | None] = None
     """Times visited by the sampler; none: all of them."""
-    spacing: Free[Literal["uniform", "quadratic", "trailing"]] = "uniform"
+    spacing: Free[Literal["uniform", "quadratic", "trailing", "log_snr"]] = "uniform"
+    """How the visited times are spread, where they are not all; log_snr suits dpmpp_2m, unipc and heun."""
     eta: Free[Fraction | None] = None
     """DDIM's eta: 0 deterministic (the default), 1 as ancestral sampling."""
     clip: Free[Literal["none", "static", "dynamic"]] = "static"
@@ -208,6 +209,8 @@ class LoggingConfig(Section):
     """Images of the EMA sample grid written to TensorBoard with each snapshot; 0: none."""
     grid_steps: Free[Positive] = 50
     """Network evaluations for such a grid, by deterministic DDIM."""
+    peak_tflops: Free[Annotated[float, Field(gt=0)] | None] = None
+    """Peak of one worker's device in the run's precision, in 10^12 FLOP/s, for the model FLOPs utilisation."""
     profile_steps: Free[tuple[Count, Count] | None] = None
     """First and last step of a torch profiler trace."""
 
@@ -308,7 +311,7 @@ def _check_diffusion(cfg: Config) -> None:
     if d.zero_terminal_snr and cfg.sampling.steps and cfg.sampling.spacing == "quadratic":
         raise ValueError(
             "sampling.spacing: quadratic doesn't start at the last t, as diffusion.zero_terminal_snr needs; "
-            "use uniform or trailing"
+            "use uniform, trailing or log_snr"
         )
     if cfg.sampling.steps and cfg.sampling.steps > d.timesteps:
         raise ValueError(

@@ -14,15 +14,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from ddpm_dist.config import Config
 from ddpm_dist.distributed.world import use_interface_of
@@ -85,6 +87,14 @@ def train_on_ray(cfg: Config, worker: Callable[[dict[str, Any]], None], newest_s
         raise (_own_error(error) or ClusterError(f"the training failed: {_brief(error)}")) from error
 
 
+def preemption_announced() -> bool:
+    """Whether Ray has told this worker that a node of the run is about to be taken away.
+
+    Ray's own `get_preemption_info` is a barrier of all workers; the loop has a cheaper way to agree.
+    """
+    return get_internal_train_context().preemption_context.preemption_info is not None
+
+
 def await_resources(workers: int, each: dict[str, float], patience_s: float) -> None:
     """Waits until the cluster as a whole has room for so many workers; ClusterError if it never does."""
     needed = {name: amount * workers for name, amount in each.items()}
@@ -120,19 +130,18 @@ class _Trainer(TorchTrainer):
 
     def __init__(self, worker: Callable[[dict[str, Any]], None], elastic: _Elastic | None, **arguments: Any) -> None:
         super().__init__(worker, **arguments)
-        self._elastic = elastic
+        self._policies: dict[str, Any] = {"failure_policy": _StopOnWrong(arguments["run_config"].failure_config)}
+        if elastic is not None:
+            self._policies["scaling_policy"] = _AdmissibleSizes(arguments["scaling_config"], elastic)
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        arguments["failure_policy"] = _StopOnWrong(self.run_config.failure_config)
-        if self._elastic is not None:
-            arguments["scaling_policy"] = _AdmissibleSizes(self.scaling_config, self._elastic)
-        return super()._initialize_and_run_controller(**arguments)
+        return super()._initialize_and_run_controller(**{**arguments, **self._policies})
 
 
 class _InterfaceFirst(_TorchBackend):
     """Joins the process group over the interface of each node's own address, as `init_world` would."""
 
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
         worker_group.execute(_choose_interface)
         super().on_start(worker_group, backend_config)
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from ddpm_dist.diffusion.losses import QUARTILES, quartile_means
 from ddpm_dist.distributed.world import World
 
+HEAD = 5
+
 
 @dataclass(frozen=True)
 class Shared:
@@ -22,8 +24,11 @@ class Shared:
     images: float
     quartile_loss_sum: list[float]
     quartile_images: list[float]
-    stop: bool
     bad_samples: float
+    stop: bool
+    """Some rank was asked to save and leave."""
+    save: bool
+    """Some rank's node is about to be taken away: save now, and go on while it lasts."""
 
 
 class Control:
@@ -35,11 +40,11 @@ class Control:
         self._values: Tensor | None = None
         self._work: dist.Work | None = None
 
-    def tell(self, loss: Tensor, t: Tensor, timesteps: int, stop: bool, bad_samples: int) -> None:
+    def tell(self, loss: Tensor, t: Tensor, timesteps: int, bad_samples: int, stop: bool, save: bool) -> None:
         """Starts the reduction of this step. loss, t: [B/W] on any device."""
         loss = loss.detach().double().cpu()
         sums, counts = quartile_means(t.cpu(), loss, timesteps)
-        head = torch.tensor([loss.sum(), loss.numel(), stop, bad_samples], dtype=torch.float64)
+        head = torch.tensor([loss.sum(), loss.numel(), bad_samples, stop, save], dtype=torch.float64)
         self._values = torch.cat((head, sums, counts))
         if self._world.size > 1:
             self._work = dist.all_reduce(self._values, group=self._group, async_op=True)
@@ -51,5 +56,6 @@ class Control:
         if self._work is not None:
             self._work.wait()
         values, self._values, self._work = self._values.tolist(), None, None
-        loss_sum, images, stop, bad = values[:4]
-        return Shared(loss_sum, images, values[4 : 4 + QUARTILES], values[4 + QUARTILES :], stop > 0, bad)
+        loss_sum, images, bad, stop, save = values[:HEAD]
+        sums, counts = values[HEAD : HEAD + QUARTILES], values[HEAD + QUARTILES :]
+        return Shared(loss_sum, images, sums, counts, bad, stop > 0, save > 0)

@@ -1,6 +1,8 @@
 """What the launch scripts call: checks before any worker starts, and a worker under either launcher."""
 
 import logging
+import signal
+from collections.abc import Callable
 from typing import Any
 
 from ddpm_dist import cli
@@ -28,11 +30,11 @@ def finished(cfg: Config, token: str) -> bool:
     return step is not None and step >= cfg.train.steps
 
 
-def ray_worker(arguments: dict[str, Any], token: str) -> None:
-    """One rank under Ray Train. arguments: {"config": resolved YAML}."""
+def ray_worker(arguments: dict[str, Any], token: str, preempted: Callable[[], bool]) -> None:
+    """One rank under Ray Train. arguments: {"config": resolved YAML}. preempted: see `Training`."""
     cli.setup_logging()
     cfg = parse_config(arguments["config"])
-    _train(cfg, init_world(threads=cfg.threads), token)
+    _train(Training(cfg, init_world(threads=cfg.threads), token, preempted))
 
 
 def deepspeed_worker(cfg: Config) -> World:
@@ -48,7 +50,9 @@ def deepspeed_worker(cfg: Config) -> World:
     if error is not None:
         raise error
     if not done and not failed:
-        _train(cfg, world, token)
+        training = Training(cfg, world, token)
+        signal.signal(signal.SIGTERM, lambda *_: training.ask_to_stop())
+        _train(training)
     return world
 
 
@@ -65,8 +69,7 @@ def report_end(cfg: Config) -> None:
     )  # fmt: skip
 
 
-def _train(cfg: Config, world: World, token: str) -> None:
-    training = Training(cfg, world, token)
+def _train(training: Training) -> None:
     ended_well = False
     try:
         training.run()

@@ -6,6 +6,7 @@ happens at a step is a function of (configuration, step), so an attempt can end 
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -23,10 +24,12 @@ from ddpm_dist.training import run_folder
 from ddpm_dist.training.control import Control
 from ddpm_dist.training.ema import Ema
 from ddpm_dist.training.failures import SkippedSteps
+from ddpm_dist.training.flops import training_flops_per_image
 from ddpm_dist.training.metrics import EventLog, Goodput, PhaseClock, Progress, Window, memory_gib
 from ddpm_dist.training.optim import lr_at
 from ddpm_dist.training.publish import SnapshotPublisher
 from ddpm_dist.training.step import BatchPlan, StepResult, training_step
+from ddpm_dist.training.trace import StepTrace
 from ddpm_dist.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -35,8 +38,13 @@ log = logging.getLogger(__name__)
 class Training:
     """One attempt of one rank: everything that lives as long as its process."""
 
-    def __init__(self, cfg: Config, world: World, token: str) -> None:
+    def __init__(self, cfg: Config, world: World, token: str, preempted: Callable[[], bool] = lambda: False) -> None:
+        """token: names the job. preempted: whether this rank's node was announced to go away."""
         self.cfg, self.world = cfg, world
+        self._preempted, self._saved_for_preemption = preempted, False
+        self._asked_to_stop = False
+        if not world.is_first:
+            logging.getLogger().setLevel(logging.WARNING)  # what all ranks would say, rank 0 says
         self.plan = BatchPlan.of(cfg.train.global_batch, world.size, cfg.train.max_micro_batch)
         self.watchdog = Watchdog(cfg.cluster.hang_seconds)
         last_sign = run_folder.last_sign_of_life(cfg.run.url)
@@ -59,6 +67,12 @@ class Training:
         self.publisher = SnapshotPublisher(cfg, world, self.events)
         self.clock = PhaseClock()
         self.window = Window(self.step)
+        self._flops_per_image: float | None = None
+        self.trace = StepTrace(cfg, world)
+
+    def ask_to_stop(self) -> None:
+        """All ranks save and leave after the next step but one; may be called from a signal handler."""
+        self._asked_to_stop = True
 
     def run(self) -> None:
         """Steps until the last one, or until somebody asks to stop; the state is saved in both cases."""
@@ -70,10 +84,11 @@ class Training:
         while self.step < cfg.train.steps and not stopping:
             with self.clock.phase("data"):
                 batch = next(batches)
-            result = self._one_step(batch)
-            stopping = self._exchange(batch, result)
+            with self.trace.around(self.step):
+                result = self._one_step(batch)
+            stopping, saving = self._exchange(batch, result)
             self.step += 1
-            self._publish(stopping)
+            self._publish(stopping or saving)
             if self.step % cfg.logging.every_steps == 0 or self.step == cfg.train.steps or stopping:
                 self._log(result)
             self.watchdog.beat()
@@ -130,25 +145,32 @@ class Training:
             self.history.update(torch.cat([t for t, _ in ranks]), torch.cat([loss for _, loss in ranks]))
         return result
 
-    def _exchange(self, batch: Batch, result: StepResult) -> bool:
-        """Hears of the last step, tells of this one; whether all ranks are to stop now."""
+    def _exchange(self, batch: Batch, result: StepResult) -> tuple[bool, bool]:
+        """Hears of the last step, tells of this one; whether all ranks are to stop, and to save, now."""
         heard = self.control.hear()
-        wants_stop = self.lease is not None and self.lease.stop_requested
-        self.control.tell(result.loss, result.t, self.cfg.diffusion.timesteps, wants_stop, sum(batch.bad.values()))
-        if heard is not None:
-            self.window.add(heard)
+        stop = self._asked_to_stop or (self.lease is not None and self.lease.stop_requested)
+        save = self._preempted() and not self._saved_for_preemption
+        bad = sum(batch.bad.values())
+        self.control.tell(result.loss, result.t, self.cfg.diffusion.timesteps, bad, stop, save)
         if self.lease is not None:
             self.lease.step = self.step
-        return heard is not None and heard.stop
+        if heard is None:
+            return False, False
+        self.window.add(heard)
+        saving = heard.save and not self._saved_for_preemption
+        if saving:
+            log.info("a node is about to be taken away: saving at step %d", self.step + 1)
+            self._saved_for_preemption = True
+        return heard.stop, saving
 
-    def _publish(self, stopping: bool) -> None:
-        """Snapshot and state, where they are due."""
+    def _publish(self, save_now: bool) -> None:
+        """Snapshot and state, where they are due; a state in any case if `save_now`."""
         cfg, step = self.cfg, self.step
         last = step == cfg.train.steps
         if step % cfg.checkpoint.snapshot_every_steps == 0 or last:
             with self.clock.phase("snapshot"):
                 self.publisher.publish(self.ema, step)
-        if step % cfg.checkpoint.every_steps == 0 or last or stopping:
+        if step % cfg.checkpoint.every_steps == 0 or last or save_now:
             with self.clock.phase("checkpoint"):
                 self.store.save(step, self.engine, self.ema, self._meta())
 
@@ -188,10 +210,21 @@ class Training:
                 "progress/images_seen": self.step * self.cfg.train.global_batch,
                 "progress/epoch": self.loader.epoch(self.step),
                 **memory_gib(),
+                **self._arithmetic(images_per_second),
             },
             self.step,
         )
         self.progress.show(self.step, means.get("loss/mean", float("nan")), images_per_second, phases["data"] / seconds)
+
+    def _arithmetic(self, images_per_second: float) -> dict[str, float]:
+        """Model FLOPs per second and rank, as a share of logging.peak_tflops."""
+        peak = self.cfg.logging.peak_tflops
+        if peak is None:
+            return {}
+        if self._flops_per_image is None:
+            self._flops_per_image = training_flops_per_image(self.cfg)
+        tflops = self._flops_per_image * images_per_second / self.world.size / 1e12
+        return {"speed/model_tflops_per_rank": tflops, "speed/model_flops_utilisation": tflops / peak}
 
     def _summary(self) -> dict[str, Any]:
         """What run.url/summary.json says about the run as a whole."""

@@ -18,8 +18,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ddpm_dist import storage
-from ddpm_dist.errors import StorageError
 from ddpm_dist.diffusion.losses import QUARTILES
+from ddpm_dist.errors import StorageError
 from ddpm_dist.training.control import Shared
 
 log = logging.getLogger(__name__)
