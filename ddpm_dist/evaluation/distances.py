@@ -40,7 +40,7 @@ def frechet(a: Gaussian, b: Gaussian) -> float:
     product = root_a @ cov_b @ root_a
     trace_root = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
     distance = (a.mean - b.mean).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace_root
-    return float(distance)
+    return max(0.0, float(distance))  # rounding of vanishing eigenvalues may leave about -1e-8 of the traces
 
 
 def frechet_of_features(a: Tensor, b: Tensor) -> float:
