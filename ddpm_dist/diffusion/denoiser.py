@@ -5,6 +5,7 @@ Guidance, conversion from what the network predicts, and clipping happen here, s
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,17 +22,23 @@ Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Times = NDArray[np.int64]
 
 
-def respace(timesteps: int, steps: int | None, spacing: str) -> Times:
-    """Times that a sampler visits, falling: [steps] int64 in 0..timesteps-1, all different.
+LOWEST_LAMBDA = -5.1
+"""Where log_snr's even spacing ends, as DPM-Solver's code does; below it, networks hardly see an image."""
+
+
+def respace(diffusion: GaussianDiffusion, steps: int | None, spacing: str) -> Times:
+    """Times that a sampler visits, falling: [steps] int64 in 0..T-1, all different.
 
     uniform: evenly spaced, both ends included (Nichol & Dhariwal 2021, section 4).
-    quadratic: evenly spaced square roots, from 0.8 T (Song et al. 2020, appendix D.2), where the code of that paper
-      visits a small time twice, the next one is taken instead.
+    quadratic: evenly spaced square roots, from 0.8 T (Song et al. 2020, appendix D.2).
     trailing: evenly spaced, counted down from the last time (Lin et al. 2023, section 3.3).
-    steps: None visits all. Raises ConfigError if there are fewer times than steps.
+    log_snr: evenly spaced in log-SNR, from the last time (Lu et al. 2022, appendix): for solvers of higher order.
+    A time that would be visited twice gives way to its neighbour. steps: None visits all. Raises ConfigError if there
+    are fewer times than steps.
     """
     if spacing not in SPACINGS:
         raise ConfigError(f"sampling.spacing: {spacing!r} is unknown; choose from {', '.join(SPACINGS)}")
+    timesteps = diffusion.timesteps
     if steps is None:
         return np.arange(timesteps)[::-1].copy()
     if not 1 <= steps <= timesteps:
@@ -39,33 +46,41 @@ def respace(timesteps: int, steps: int | None, spacing: str) -> Times:
             f"sampling.steps: {steps} can't be taken out of the {timesteps} times of this diffusion process; "
             f"use 1 to {timesteps}"
         )
-    return SPACINGS[spacing](timesteps, steps)
-
-
-def _uniform(timesteps: int, steps: int) -> Times:
     if steps == 1:
         return np.array([timesteps - 1])
-    return np.linspace(0, timesteps - 1, steps).round().astype(np.int64)[::-1].copy()
-
-
-def _quadratic(timesteps: int, steps: int) -> Times:
-    if steps == 1:
-        return np.array([timesteps - 1])
-    rising = (np.linspace(0, np.sqrt(0.8 * timesteps), steps) ** 2).astype(np.int64)
-    rank = np.arange(steps)
-    rising = np.maximum.accumulate(rising - rank) + rank  # strictly rising
+    rising, rank = SPACINGS[spacing](diffusion, steps), np.arange(steps)
+    rising = np.maximum.accumulate(rising.astype(np.int64) - rank) + rank
     return np.minimum(rising, timesteps - steps + rank)[::-1].copy()
 
 
-def _trailing(timesteps: int, steps: int) -> Times:
-    return np.round(timesteps - np.arange(steps) * timesteps / steps).astype(np.int64) - 1
+def _uniform(diffusion: GaussianDiffusion, steps: int) -> NDArray[Any]:
+    return np.linspace(0, diffusion.timesteps - 1, steps).round()
 
 
-SPACINGS: dict[str, Callable[[int, int], Times]] = {
+def _quadratic(diffusion: GaussianDiffusion, steps: int) -> NDArray[Any]:
+    return np.linspace(0, np.sqrt(0.8 * diffusion.timesteps), steps) ** 2
+
+
+def _trailing(diffusion: GaussianDiffusion, steps: int) -> NDArray[Any]:
+    return np.round(np.arange(1, steps + 1) * diffusion.timesteps / steps) - 1
+
+
+def _log_snr(diffusion: GaussianDiffusion, steps: int) -> NDArray[Any]:
+    with np.errstate(divide="ignore"):
+        lambdas = 0.5 * np.log(diffusion.snr)
+    targets = np.linspace(lambdas[0], max(lambdas[-1], LOWEST_LAMBDA), steps)
+    nearest = np.abs(lambdas[:, None] - targets).argmin(axis=0)
+    nearest[-1] = diffusion.timesteps - 1
+    return nearest
+
+
+SPACINGS: dict[str, Callable[[GaussianDiffusion, int], NDArray[Any]]] = {
     "uniform": _uniform,
     "quadratic": _quadratic,
     "trailing": _trailing,
+    "log_snr": _log_snr,
 }
+"""Times as [steps] numbers that don't fall, for at least 2 steps."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +103,7 @@ class Denoiser:
     def __call__(self, x: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
         """x: [B,C,H,W] float32 at times[k]. Returns x_start [B,C,H,W] and variance values [B,C,H,W] or None."""
         output = self._guided_output(x, k) if self.guided[k] else self._output(x, k, self.labels)
-        value, variance_values = self.diffusion.split(output, x.shape[1])
+        value, variance_values = self.diffusion.split(output.float(), x.shape[1])
         of_x, of_value = self.weights
         return self.clip(of_x[k] * x + of_value[k] * value), variance_values
 

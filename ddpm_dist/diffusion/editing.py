@@ -87,7 +87,7 @@ def variations(
             f"sampling.sampler: {settings.sampler} draws no noise after x_t, so all variations would be one image; "
             "use ddpm, dpmpp_2m_sde, or ddim with sampling.eta above 0"
         )
-    visited = respace(diffusion.timesteps, settings.steps, settings.spacing)
+    visited = respace(diffusion, settings.steps, settings.spacing)
     if not visited[-1] <= t < diffusion.timesteps:
         raise SamplingError(f"t is {t}; the sampler visits times from {visited[0]} down to {visited[-1]}")
     t = int(visited[visited <= t][0])

@@ -129,7 +129,7 @@ def make_chain(
     check_settings(settings, diffusion)
     check_labels(labels, null_label, len(indices))
     indices = indices.to(device)
-    times, first = _from_time(respace(diffusion.timesteps, settings.steps, settings.spacing), t_start, diffusion)
+    times, first = _from_time(respace(diffusion, settings.steps, settings.spacing), t_start, diffusion)
 
     def noise(k: int) -> Tensor:
         return rng.normal(seed, Purpose.REVERSE, indices, shape, step=first + k)
@@ -149,11 +149,11 @@ def check_settings(settings: SamplingConfig, diffusion: GaussianDiffusion) -> No
         )
     if settings.eta is not None and not 0 <= settings.eta <= 1:
         raise ConfigError(f"sampling.eta: {settings.eta}; must lie in 0 (deterministic) to 1 (as ancestral sampling)")
-    times = respace(diffusion.timesteps, settings.steps, settings.spacing)
+    times = respace(diffusion, settings.steps, settings.spacing)
     if diffusion.zero_terminal_snr and times[0] != diffusion.timesteps - 1:
         raise ConfigError(
             f"sampling.spacing: {settings.spacing} starts at t = {times[0]}, where this process, made with "
-            "zero_terminal_snr, still holds signal; use trailing or uniform"
+            "zero_terminal_snr, still holds signal; use trailing, uniform or log_snr"
         )
     if settings.sampler == "ddpm" and diffusion.variance == "learned" and len(times) < diffusion.timesteps:
         raise ConfigError(

@@ -5,6 +5,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -69,13 +70,14 @@ def test_convolution_leaves_a_stated_difference_between_batch_sizes():
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_network_sees_float32_and_whole_times(sampler, curved):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_state_is_float32_and_times_are_whole(sampler, dtype, curved):
     diffusion = process()
     inner, seen = curved(diffusion), []
 
     def network(x, t, labels):
         seen.append((x.dtype, t.dtype, t.shape, labels))
-        return inner(x, t).bfloat16()
+        return inner(x, t).to(dtype)
 
     images = draw(network, diffusion, sampler=sampler)
     assert set(seen) == {(torch.float32, torch.int64, torch.Size([3]), None)}
@@ -85,12 +87,32 @@ def test_network_sees_float32_and_whole_times(sampler, curved):
     assert (images - reference).abs().mean() < 0.02
 
 
+@pytest.mark.parametrize("variance", ["fixedlarge", "learned_range"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_no_step_waits_for_the_device(curved, sampler, variance):
+    """On the meta device, which holds no values, whatever asked for one would raise."""
+    diffusion = process(variance=variance)
+    labels = torch.zeros(3, dtype=torch.int64)
+    images = draw(
+        curved(diffusion),
+        diffusion,
+        sampler=sampler,
+        clip="dynamic",
+        guidance_scale=2.0,
+        labels=labels,
+        null_label=4,
+        device="meta",
+    )
+    assert images.device.type == "meta"
+    assert images.shape == (3, *SHAPE)
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_progressive_x_start_and_callback(curved, sampler):
     diffusion = process()
     steps = []
     images = draw(curved(diffusion), diffusion, sampler=sampler, callback=steps.append)
-    times = respace(100, 10, "uniform")
+    times = respace(process(), 10, "uniform")
     assert [step.k for step in steps] == list(range(10))
     assert [step.t for step in steps] == times.tolist()
     assert all(step.x_start.abs().max() <= 1 for step in steps)
@@ -167,7 +189,9 @@ def test_guidance_interval():
         labels=torch.tensor([1, 2, 3]),
         null_label=4,
     )
-    assert {t for size, t in network.calls if size == 6} == {t for t in respace(100, 10, "uniform") if 30 <= t <= 60}
+    assert {t for size, t in network.calls if size == 6} == {
+        t for t in respace(process(), 10, "uniform") if 30 <= t <= 60
+    }
     assert len(network.calls) == 10
 
 
@@ -197,10 +221,18 @@ def test_dynamic_threshold_equals_torch_quantile(quantile):
 
 
 @hypothesis_settings(deadline=None)
-@given(st.sampled_from(sorted(SPACINGS)), st.integers(1, 1200), st.data())
-def test_respaced_times_fall_and_are_as_many_as_asked(spacing, timesteps, data):
+@given(
+    st.sampled_from(sorted(SPACINGS)),
+    st.sampled_from(["linear", "cosine"]),
+    st.integers(2, 1200),
+    st.booleans(),
+    st.data(),
+)
+def test_respaced_times_fall_and_are_as_many_as_asked(spacing, schedule, timesteps, zero, data):
     steps = data.draw(st.integers(1, timesteps))
-    times = respace(timesteps, steps, spacing)
+    diffusion = GaussianDiffusion(make_betas(schedule, timesteps, zero_terminal_snr=zero), "v")
+    times = respace(diffusion, steps, spacing)
+    assert times.dtype == np.int64
     assert len(times) == steps
     assert (np.diff(times) < 0).all()
     assert times[-1] >= 0
@@ -210,15 +242,30 @@ def test_respaced_times_fall_and_are_as_many_as_asked(spacing, timesteps, data):
 
 
 def test_respacing_by_hand():
-    assert respace(1000, 5, "trailing").tolist() == [999, 799, 599, 399, 199]
-    assert respace(1000, 5, "uniform").tolist() == [999, 749, 500, 250, 0]
-    assert respace(1000, 5, "quadratic").tolist() == [800, 450, 200, 50, 0]
-    assert respace(10, None, "quadratic").tolist() == list(range(9, -1, -1))
+    diffusion = process(timesteps=1000)
+    assert respace(diffusion, 5, "trailing").tolist() == [999, 799, 599, 399, 199]
+    assert respace(diffusion, 5, "uniform").tolist() == [999, 749, 500, 250, 0]
+    assert respace(diffusion, 5, "quadratic").tolist() == [800, 450, 200, 50, 0]
+    assert respace(process(timesteps=10), None, "quadratic").tolist() == list(range(9, -1, -1))
 
 
 def test_quadratic_is_ddims():
     theirs = (np.linspace(0, np.sqrt(1000 * 0.8), 10) ** 2).astype(int)  # ermongroup/ddim, runners/diffusion.py
-    assert respace(1000, 10, "quadratic")[::-1].tolist() == theirs.tolist()
+    assert respace(process(timesteps=1000), 10, "quadratic")[::-1].tolist() == theirs.tolist()
+
+
+def test_log_snr_is_even():
+    """On the paper's schedule; and as diffusers' DPM-Solver has it with use_lu_lambdas, up to its rounding."""
+    diffusion = GaussianDiffusion(make_betas("linear", 1000))
+    times = respace(diffusion, 15, "log_snr")
+    steps = np.diff(0.5 * np.log(diffusion.snr[times]))
+    assert steps == pytest.approx(steps.mean(), rel=0.35)
+    assert steps[:10] == pytest.approx(steps.mean(), rel=0.02)  # the grid is coarse at small t alone
+    theirs = DPMSolverMultistepScheduler(
+        trained_betas=diffusion.betas, use_lu_lambdas=True, timestep_spacing="linspace", lambda_min_clipped=-5.1
+    )
+    theirs.set_timesteps(15)
+    assert np.abs(theirs.timesteps.numpy() - times).max() <= 15
 
 
 # Bad input

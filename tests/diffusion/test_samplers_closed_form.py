@@ -150,6 +150,19 @@ def test_deterministic_samplers_converge_at_their_order(sampler, order):
     assert orders.mean() == pytest.approx(order, abs=0.35), (errors, orders)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "unipc"])
+def test_20_evaluations_suffice_with_log_snr_spacing(sampler, schedule):
+    """Mean error of x_0 against the exact flow of a mixture; DDIM's is 0.047, and trailing spacing's 0.015 to 0.035."""
+    diffusion = GaussianDiffusion(make_betas(schedule, 1000), "v")
+    network = Mixture(diffusion, [-0.6, 0.5], [0.3, 0.2], [0.3, 0.7])
+    x_T = torch.distributions.Normal(0, 1).icdf((torch.arange(200) + 0.5) / 200).reshape(200, 1, 1, 1)
+    exact = exact_flow(network, -0.5 * math.log(diffusion.snr[-1]), -9.0, x_T.flatten().double().numpy())
+    settings = SamplingConfig(sampler=sampler, steps=20, spacing="log_snr", clip="none")
+    *_, last = trajectory(network, diffusion, settings, seed=0, indices=torch.arange(200), shape=(1, 1, 1), x_T=x_T)
+    assert np.abs(last.x.flatten().double().numpy() - exact).mean() < 0.01
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "heun", "unipc"])
 def test_deterministic_samplers_reach_the_exact_image(sampler):
     """The whole way to x_0 on the paper's schedule: within 1 % of the deviation at all 1,000 steps."""
