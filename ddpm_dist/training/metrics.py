@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -24,6 +25,7 @@ from ddpm_dist.training.control import Shared
 
 log = logging.getLogger(__name__)
 
+EVENTS = "tensorboard"
 UPLOAD_S = 10.0
 ROTATE_BYTES = 8 * 2**20
 PHASES = ("data", "forward_backward", "step", "ema", "checkpoint", "snapshot", "other")
@@ -122,8 +124,9 @@ class EventLog:
     A store has no append, so the current file is published again while it grows, and closed at 8 MiB.
     """
 
-    def __init__(self, run_url: str, attempt: int, start_step: int) -> None:
-        self._url = storage.join(run_url, "tensorboard")
+    def __init__(self, run_url: str, attempt: int, start_step: int | None, name: str = "") -> None:
+        """start_step: what earlier attempts wrote from there on is void. name: of a separate curve, none: training."""
+        self._url = storage.join(run_url, EVENTS, name)
         self._folder = Path(tempfile.mkdtemp(prefix="ddpm-events-"))
         self._attempt, self._part = attempt, 0
         self._purge_step: int | None = start_step
@@ -181,6 +184,32 @@ class EventLog:
             if len(data) != self._published.get(file.name):
                 storage.publish(storage.join(self._url, file.name), data, patience_s)
                 self._published[file.name] = len(data)
+
+
+@dataclass(frozen=True)
+class Events:
+    """What TensorBoard shows of a run."""
+
+    scalars: dict[str, list[tuple[int, float]]]
+    """{tag: [(step, value), …]}."""
+    images: dict[str, list[tuple[int, bytes]]]
+    """{tag: [(step, PNG), …]}."""
+
+
+def read_events(run_url: str) -> Events:
+    """All curves and pictures of a run's training, later attempts over earlier ones; empty if there are none."""
+    folder_url = storage.join(run_url, EVENTS)
+    with tempfile.TemporaryDirectory(prefix="ddpm-events-") as folder:
+        for name in storage.list_names(folder_url):
+            if ".tfevents." in name:
+                (Path(folder) / name).write_bytes(storage.read(storage.join(folder_url, name)))
+        events = EventAccumulator(folder, size_guidance={"scalars": 0, "images": 0})
+        events.Reload()
+    tags = events.Tags()
+    return Events(
+        {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags["scalars"]},
+        {tag: [(event.step, event.encoded_image_string) for event in events.Images(tag)] for tag in tags["images"]},
+    )
 
 
 class Progress:
