@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpm_dist.models.arithmetic import Conv2d, Linear, UpsamplingConv2d, attention
+
 
 def timestep_embedding(t: Tensor, channels: int, flip_sin_to_cos: bool = False, freq_shift: int = 1) -> Tensor:
     """Sinusoids of the diffusion time, [B] -> [B, channels] float32: [sin, cos] at 10000^(-i/(half - freq_shift)).
@@ -28,8 +30,8 @@ class TimestepEmbedding(nn.Module):
 
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(channels, out_channels)
-        self.linear_2 = nn.Linear(out_channels, out_channels)
+        self.linear_1 = Linear(channels, out_channels)
+        self.linear_2 = Linear(out_channels, out_channels)
 
     def forward(self, embedding: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(embedding)))
@@ -41,7 +43,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, padding: int) -> None:
         super().__init__()
         self.asymmetric = padding == 0
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
@@ -52,10 +54,10 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = UpsamplingConv2d(channels)
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(x)
 
 
 class ResnetBlock(nn.Module):
@@ -80,12 +82,12 @@ class ResnetBlock(nn.Module):
         self.scale_shift = scale_shift
         self.resample = resample
         self.norm1 = nn.GroupNorm(groups, in_channels, eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(temb_channels, 2 * out_channels if scale_shift else out_channels)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = Linear(temb_channels, 2 * out_channels if scale_shift else out_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         """x: [B, in, H, W], temb: [B, temb_channels] -> [B, out, H', W']."""
@@ -114,10 +116,10 @@ class Attention(nn.Module):
         super().__init__()
         self.head_channels = head_channels
         self.group_norm = None if groups is None else nn.GroupNorm(groups, channels, eps)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list, for diffusers' name to_out.0
+        self.to_q = Linear(channels, channels)
+        self.to_k = Linear(channels, channels)
+        self.to_v = Linear(channels, channels)
+        self.to_out = nn.ModuleList([Linear(channels, channels)])  # a list, for diffusers' name to_out.0
 
     def forward(self, x: Tensor) -> Tensor:
         h = x if self.group_norm is None else self.group_norm(x)
@@ -126,6 +128,6 @@ class Attention(nn.Module):
         def heads(projected: Tensor) -> Tensor:
             return projected.unflatten(2, (-1, self.head_channels)).transpose(1, 2)  # [B, heads, HW, d]
 
-        h = F.scaled_dot_product_attention(heads(self.to_q(h)), heads(self.to_k(h)), heads(self.to_v(h)))
+        h = attention(heads(self.to_q(h)), heads(self.to_k(h)), heads(self.to_v(h)))
         h = self.to_out[0](h.transpose(1, 2).flatten(2))
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:])

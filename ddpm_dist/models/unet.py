@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ddpm_dist import rng
 from ddpm_dist.config import ModelConfig
 from ddpm_dist.errors import ConfigError
+from ddpm_dist.models.arithmetic import Conv2d
 from ddpm_dist.models.config import UNetConfig as UNetConfig
 from ddpm_dist.models.layers import Attention, Downsample, ResnetBlock, TimestepEmbedding, Upsample, timestep_embedding
 
@@ -33,7 +34,7 @@ class UNet(nn.Module):
         self.config = config.checked()
         self.checkpoint_levels: frozenset[int] = frozenset()
         channels = config.block_out_channels
-        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels[0], config.time_embed_dim)
         self.class_embedding = (
             None if config.num_class_embeds is None else nn.Embedding(config.num_class_embeds, config.time_embed_dim)
@@ -42,7 +43,7 @@ class UNet(nn.Module):
         self.mid_block = _MidBlock(config)
         self.up_blocks = nn.ModuleList(_up_level(config, level) for level in reversed(range(config.levels)))
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
-        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(channels[0], config.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         if (labels is None) != (self.class_embedding is None):
