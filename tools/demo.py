@@ -49,8 +49,8 @@ CPUS = 4
 """Logical ones, for Ray: two workers of one thread each, and room for what only waits."""
 RAYS_OWN = re.compile(
     r" (cli|packaging|job_manager|dashboard_sdk|sdk|worker|working_dir)\.py:\d+ -- |core_worker\.cc"
-    r"|^Running entrypoint for job|^\(TrainController.*\) (Requesting resources|Attempting to start|Started training|- \(ip=)"
-    r"|^\(RayTrainWorker.*\) Setting up process group"
+    r"|^Running entrypoint for job|^\(RayTrainWorker.*\) Setting up process group"
+    r"|^\(TrainController.*\) (Requesting resources|Attempting to start|Started training|- \(ip=)"
 )
 """Lines about Ray itself, which go to the log only."""
 PREFIX = re.compile(r"^\((RayTrainWorker|TrainController)[^)]*\) ")

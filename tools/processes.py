@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,3 +60,24 @@ def with_environment(name: str, value: str) -> list[int]:
         if wanted in variables and int(entry.name) != os.getpid():
             found.append(int(entry.name))
     return found
+
+
+def start_guardian(name: str, value: str, folder: Path) -> subprocess.Popen[bytes]:
+    """A process that waits until its stdin is closed, or its starter is dead, and then cleans up.
+
+    It ends all processes with `name=value` and removes the folder. For families whose members don't all die together:
+    Ray's agents outlive a raylet that was killed.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-S", "-E", __file__, name, value, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.stdin.buffer.read()
+    end_all_with(sys.argv[1], sys.argv[2])
+    shutil.rmtree(sys.argv[3], ignore_errors=True)

@@ -4,7 +4,6 @@ import atexit
 import json
 import os
 import secrets
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ddpm_dist.errors import ClusterError
-from tools.processes import end, end_all_with, start_bound
+from tools.processes import end, start_bound, start_guardian
 from tools.s3_server import ROOT, free_port
 
 READY_S = 120.0
@@ -35,6 +34,7 @@ class RayCluster:
     def __init__(self, cpus: int, environment: Mapping[str, str]) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="ddpm-ray-", dir="/tmp"))
         self._marker = secrets.token_hex(8)
+        self._guardian = start_guardian(MARKER, self._marker, self._folder)
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = os.getpid()
         self.cpus = cpus
@@ -54,6 +54,7 @@ class RayCluster:
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
             "PYTHONUNBUFFERED": "1",
             "OMP_NUM_THREADS": "1",
+            "TMPDIR": str(self._folder),  # what its processes leave there goes with it
             MARKER: self._marker,
         }
         atexit.register(self.stop)
@@ -118,8 +119,9 @@ class RayCluster:
         process, self._process = self._process, None
         if process is not None:
             end(process, patience_s=5.0)
-        end_all_with(MARKER, self._marker)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._guardian.stdin is not None:
+            self._guardian.stdin.close()
+        self._guardian.wait()
         atexit.unregister(self.stop)
 
     def _takes_jobs(self) -> bool:
