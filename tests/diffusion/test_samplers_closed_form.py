@@ -139,14 +139,15 @@ def test_deterministic_samplers_converge_at_their_order(sampler, order):
     x_T = torch.linspace(-2, 2, 32, dtype=torch.float64)
     t_to = timesteps // 4 - 1
     exact = exact_flow(network, log_ratio[-1], log_ratio[t_to], x_T.numpy())
-    errors = []
-    for steps in (32, 64, 128):
+    # The fourth order's errors soon meet float32's.
+    counts, errors = (48, 72) if order == 4 else (32, 64, 128), []
+    for steps in counts:
         settings = SamplingConfig(sampler=sampler, steps=steps, spacing="trailing", clip="none")
         start = x_T.float().reshape(32, 1, 1, 1)
         chain = trajectory(network, diffusion, settings, seed=0, indices=torch.arange(32), shape=(1, 1, 1), x_T=start)
         *_, last = itertools.takewhile(lambda step: step.t != t_to, chain)
         errors.append(np.abs(last.x.flatten().double().numpy() - exact).max())
-    orders = np.log2(np.array(errors[:-1]) / errors[1:])
+    orders = np.diff(-np.log(errors)) / np.diff(np.log(counts))
     assert orders.mean() == pytest.approx(order, abs=0.35), (errors, orders)
 
 
