@@ -36,7 +36,7 @@ def test_global_batches_are_the_same_at_any_world_size(bucket_url: str, batch: i
 def test_loader_processes_change_nothing(bucket_url: str) -> None:
     write_set(bucket_url, COUNTS)
     alone = global_batches(config(bucket_url, flip=True), 1, 3, 12)
-    for workers in (1, 2, 3):
+    for workers in (1, 3):
         assert global_batches(config(bucket_url, flip=True, workers=workers), 1, 3, 12) == alone
 
 

@@ -1,0 +1,62 @@
+"""tools/inspect_batch.py shows what the loader trains on; tools/index_shards.py and verify_shards.py as commands."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ddpm_dist import storage
+from ddpm_dist.errors import ConfigError
+from tests.data.small_sets import config, global_batches, write_set
+from tools import index_shards, inspect_batch, verify_shards
+
+
+@pytest.mark.parametrize("step", [0, 7, 31])
+def test_it_prints_what_the_loader_gives(tmp_path: Path, capsys: pytest.CaptureFixture[str], step: int) -> None:
+    url = f"file://{tmp_path}/set"
+    write_set(url, [50, 70])
+    cfg = config(url)
+    settings = ["--seed", "5", "--global-batch", "24", "--shuffle-block", "16", "--streams", str(cfg.streams)]
+    picture = tmp_path / "batch.png"
+    arguments = [url, *settings, "--world", "3", "--step", str(step), "--picture", str(picture)]
+    inspect_batch.main(arguments)
+    found = json.loads(capsys.readouterr().out)
+    assert found["step"] == step
+    assert found["epoch"] == step // 5
+    assert [len(rank) for rank in found["ranks"]] == [8, 8, 8]
+    ((keys, _, _),) = global_batches(cfg, 1, step, 1)
+    assert [key for rank in found["ranks"] for key in rank] == keys
+    with Image.open(picture) as image:
+        assert image.width == 8 * 10
+        assert len(image.getcolors(2**16) or []) > 100
+
+
+def test_it_inspects_mixes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    urls = {f"file://{tmp_path}/a": 1.0, f"file://{tmp_path}/b": 2.0}
+    for seed, url in enumerate(urls):
+        write_set(url, [50], seed=seed)
+    weighted = [f"{url}={weight}" for url, weight in urls.items()]
+    inspect_batch.main([*weighted, "--seed", "5", "--global-batch", "24", "--shuffle-block", "16", "--step", "3"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["ranks"][0] == global_batches(config(urls), 1, 3, 1)[0][0]
+
+
+def test_a_world_that_does_not_divide_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--world 5 doesn't divide --global-batch 24"):
+        inspect_batch.main([f"file://{tmp_path}", "--global-batch", "24", "--world", "5", "--step", "0"])
+
+
+def test_index_and_verify_as_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = f"file://{tmp_path}"
+    write_set(url, [5, 6])
+    verify_shards.main([url])
+    assert "all is as the index says" in capsys.readouterr().out
+    storage.delete_tree(f"{url}/index")
+    storage.delete(f"{url}/index.json")
+    index_shards.main([url, "--workers", "1"])
+    assert "11 samples (11 png) in 2 shards" in capsys.readouterr().out
+    storage.publish(f"{url}/s-001.tar", storage.read(f"{url}/s-001.tar")[:-1])
+    with pytest.raises(SystemExit):
+        verify_shards.main([url])
+    assert "s-001.tar: truncated" in capsys.readouterr().out

@@ -1,0 +1,187 @@
+"""tools/make_shards.py as a command: kill-safe, deterministic, never overwriting."""
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ddpm_dist import storage
+from ddpm_dist.data.build import shuffled
+from ddpm_dist.data.decode import encode_png
+from ddpm_dist.data.foreign import verify_shards
+from ddpm_dist.data.index import load_index
+from ddpm_dist.data.stream import iterate
+from ddpm_dist.errors import ConfigError, DataError
+from tests.data.small_sets import random_images
+from tools import make_shards
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make(*arguments: object) -> None:
+    make_shards.main([str(argument) for argument in arguments])
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    """All objects; what a killed process was writing to isn't one (storage never lists it)."""
+    return {
+        str(file.relative_to(root)): file.read_bytes()
+        for file in root.rglob("*")
+        if file.is_file() and file.suffix != ".tmp"
+    }
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> np.ndarray:
+    """60 images as an .npz, and as a folder."""
+    found = random_images(60, 16)
+    np.savez(tmp_path / "in.npz", images=found, labels=np.arange(60) % 5)
+    (tmp_path / "files").mkdir()
+    for i, image in enumerate(found):
+        (tmp_path / "files" / f"{i:02d}.png").write_bytes(encode_png(image))
+    return found
+
+
+def test_every_item_once_shuffled_with_its_label(tmp_path: Path, images: np.ndarray) -> None:
+    make("npz", tmp_path / "in.npz", f"file://{tmp_path}/out", "--shard-samples", 13)
+    found = list(iterate(f"file://{tmp_path}/out"))
+    numbers = [int(sample.key) for sample in found]
+    assert sorted(numbers) == list(range(60))
+    assert numbers != sorted(numbers)
+    for sample, number in zip(found, numbers, strict=True):
+        assert np.array_equal(sample.image.transpose(1, 2, 0), images[number])
+        assert sample.label == number % 5
+    assert [shard.samples for shard in load_index(f"file://{tmp_path}/out").shards] == [13, 13, 13, 13, 8]
+    assert verify_shards(f"file://{tmp_path}/out") == []
+
+
+def test_seed_and_no_shuffle(tmp_path: Path, images: np.ndarray) -> None:
+    for name, arguments in {"a": [], "b": ["--seed", 1], "c": ["--no-shuffle"]}.items():
+        make("npz", tmp_path / "in.npz", f"file://{tmp_path}/{name}", *arguments)
+    keys = {name: [sample.key for sample in iterate(f"file://{tmp_path}/{name}")] for name in "abc"}
+    assert keys["a"] != keys["b"]
+    assert keys["c"] == sorted(keys["c"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "formats", "shape"),
+    [
+        ([], {"png": 60}, (3, 16, 16)),
+        (["--format", "jpeg", "--quality", 80, "--size", 8], {"jpeg": 60}, (3, 8, 8)),
+        (["--format", "raw", "--channels", 1], {"npy": 60}, (1, 16, 16)),
+        (["--format", "keep"], {"png": 60}, (3, 16, 16)),
+    ],
+)
+def test_forms(
+    tmp_path: Path, images: np.ndarray, arguments: list[object], formats: dict[str, int], shape: tuple[int, ...]
+) -> None:
+    make("folder", tmp_path / "files", f"file://{tmp_path}/out", *arguments)
+    assert dict(load_index(f"file://{tmp_path}/out").schema.formats) == formats
+    sample = next(iterate(f"file://{tmp_path}/out"))
+    assert sample.image.shape == shape
+    if "keep" in arguments:
+        assert np.array_equal(sample.image.transpose(1, 2, 0), images[int(sample.key.partition("_")[0])])
+
+
+def test_shard_size_in_bytes(tmp_path: Path, images: np.ndarray) -> None:
+    make("npz", tmp_path / "in.npz", f"file://{tmp_path}/out", "--shard-bytes", 12000, "--format", "raw")
+    sizes = [shard.bytes for shard in load_index(f"file://{tmp_path}/out").shards]
+    assert len(sizes) > 8
+    assert max(sizes) <= 2 * 12000
+
+
+def test_it_refuses_to_overwrite(tmp_path: Path, images: np.ndarray, bucket_url: str) -> None:
+    make("npz", tmp_path / "in.npz", bucket_url)
+    before = storage.list_objects(bucket_url)
+    make("npz", tmp_path / "in.npz", bucket_url)  # the same again: it is complete
+    with pytest.raises(ConfigError, match=r"holds another data set \(shuffle_seed: 0 there, 3 now\)"):
+        make("npz", tmp_path / "in.npz", bucket_url, "--seed", 3)
+    assert storage.list_objects(bucket_url) == before
+    storage.publish(f"{bucket_url}-other/file", b"mine")
+    with pytest.raises(ConfigError, match="not empty; nothing is overwritten"):
+        make("npz", tmp_path / "in.npz", f"{bucket_url}-other")
+
+
+def test_bad_images_are_named_or_left_out(tmp_path: Path, images: np.ndarray) -> None:
+    (tmp_path / "files" / "17.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"17: not_an_image.*--skip-bad"):
+        make("folder", tmp_path / "files", f"file://{tmp_path}/a")
+    make("folder", tmp_path / "files", f"file://{tmp_path}/b", "--skip-bad")
+    assert load_index(f"file://{tmp_path}/b").num_samples == 59
+
+
+def test_runs_stay_together_on_the_way_to_a_shard() -> None:
+    for count, run in ((100, 7), (100, 1), (7, 7), (5, 9)):
+        found = shuffled(np.arange(count), count, run, 3)
+        assert sorted(found.tolist()) == list(range(count))
+        jumps = (np.diff(found) != 1).sum()
+        assert jumps <= -(-count // run) - 1 if run > 1 else jumps > 50
+
+
+def run_and_kill(arguments: list[str], after_s: float) -> bool:
+    """Whether it ended by itself; all its processes get SIGKILL."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tools.make_shards", *arguments],
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        process.wait(after_s)
+        return True
+    except subprocess.TimeoutExpired:
+        os.kill(process.pid, signal.SIGKILL)  # the parent alone: its pool must notice
+        process.wait()
+        return False
+
+
+def test_killed_ten_times_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    found = random_images(120, 16)
+    np.savez(tmp_path / "in.npz", images=found, labels=np.arange(120) % 5)
+    options = ["npz", str(tmp_path / "in.npz")]
+    tail = ["--shard-samples", "3"]
+    make(*options, f"file://{tmp_path}/unbroken", *tail)
+    out = tmp_path / "killed"
+    finished = out / "parts"
+    arguments = [*options, f"file://{out}", *tail, "--workers", "1"]
+    chance = random.Random(4)
+    fork = multiprocessing.get_context("fork")  # a fresh interpreter would take longer to start than to be killed
+    for _ in range(10):
+        before = len(list(finished.glob("*.json"))) if finished.exists() else 0
+        process = fork.Process(target=make, args=arguments)
+        process.start()
+        wanted = before + chance.randint(1, 3)
+        while process.is_alive() and (not finished.exists() or len(list(finished.glob("*.json"))) < wanted):
+            time.sleep(0.0005)
+        time.sleep(chance.random() * 0.01)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "it was done before it could be killed"
+    make(*arguments)
+    assert tree(out) == tree(tmp_path / "unbroken")
+
+
+@pytest.mark.full
+def test_a_pool_dies_with_its_parent(tmp_path: Path) -> None:
+    found = random_images(3000, 64)
+    np.savez(tmp_path / "in.npz", images=found)
+    url = f"file://{tmp_path}/out"
+    assert not run_and_kill(["npz", str(tmp_path / "in.npz"), url, "--shard-samples", "10", "--workers", "2"], 12)
+    time.sleep(5)
+    before = tree(tmp_path / "out")
+    time.sleep(3)
+    assert tree(tmp_path / "out") == before
+
+
+def test_processes_make_the_same_bytes(tmp_path: Path, images: np.ndarray) -> None:
+    for workers in (1, 2):
+        make("npz", tmp_path / "in.npz", f"file://{tmp_path}/{workers}", "--shard-samples", 20, "--workers", workers)
+    assert tree(tmp_path / "1") == tree(tmp_path / "2")
