@@ -153,17 +153,8 @@ class StateStore:
         self, state: fmt.StateId, engine: Trained, averages: Averaged
     ) -> tuple[fmt.Manifest | None, DdpmDistError | None]:
         """(manifest, None) when this rank's tensors are filled, else (None, why not)."""
-        url = storage.join(self.url, str(state))
-        targets = []
-        for i, piece in enumerate(engine.pieces()):
-            tensors = {fmt.WEIGHTS: piece.weights, "exp_avg": piece.exp_avg, "exp_avg_sq": piece.exp_avg_sq}
-            tensors |= {label: average[i] for label, average in averages.averages.items()}
-            targets += [reader.Target(kind, piece.name, piece.offset, tensor) for kind, tensor in tensors.items()]
-        kinds = [fmt.WEIGHTS, "exp_avg", "exp_avg_sq", *averages.averages]
         try:
-            manifest = reader.read_manifest(url)
-            reader.check_fits(manifest, engine.shapes, kinds, storage.redact(url))
-            self.bytes_read = reader.read_into(url, manifest, targets)
+            manifest, self.bytes_read = read_state(storage.join(self.url, str(state)), engine, averages)
         except NotFoundError as error:
             return None, DamagedStateError(str(error))
         except DdpmDistError as error:
@@ -213,3 +204,19 @@ class StateStore:
         if isinstance(result, DdpmDistError):
             raise result
         return result
+
+
+def read_state(url: str, engine: Trained, averages: Averaged) -> tuple[fmt.Manifest, int]:
+    """Fills this rank's pieces and averages from the state at a URL: (its manifest, bytes read).
+
+    Raises NotFoundError, DamagedStateError, or StateError if it is of another network.
+    """
+    targets = []
+    for i, piece in enumerate(engine.pieces()):
+        tensors = {fmt.WEIGHTS: piece.weights, "exp_avg": piece.exp_avg, "exp_avg_sq": piece.exp_avg_sq}
+        tensors |= {label: average[i] for label, average in averages.averages.items()}
+        targets += [reader.Target(kind, piece.name, piece.offset, tensor) for kind, tensor in tensors.items()]
+    kinds = [fmt.WEIGHTS, "exp_avg", "exp_avg_sq", *averages.averages]
+    manifest = reader.read_manifest(url)
+    reader.check_fits(manifest, engine.shapes, kinds, storage.redact(url))
+    return manifest, reader.read_into(url, manifest, targets)

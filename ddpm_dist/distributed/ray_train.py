@@ -60,9 +60,19 @@ def train_on_ray(cfg: Config, worker: Callable[[dict[str, Any]], None], newest_s
     Raises ClusterError if the resources don't come, and the worker's own DdpmDistError if it stopped the run.
     """
     connect()
+    await_resources(cfg.worker_range[0], _resources(cfg), cfg.cluster.wait_seconds)
+    with tempfile.TemporaryDirectory(prefix="ddpm-ray-train-") as folder:
+        try:
+            _trainer(cfg, worker, newest_state, folder).fit()
+        except TrainingFailedError as error:
+            raise (_own_error(error) or ClusterError(f"the training failed: {_brief(error)}")) from error
+
+
+def _trainer(
+    cfg: Config, worker: Callable[[dict[str, Any]], None], newest_state: Callable[[], int | None], folder: str
+) -> "_Trainer":
     low, high = cfg.worker_range
-    await_resources(low, _resources(cfg), cfg.cluster.wait_seconds)
-    trainer = _Trainer(
+    return _Trainer(
         worker,
         elastic=_Elastic(admissible_sizes(cfg), newest_state) if low < high else None,
         train_loop_config={"config": dump_config(cfg)},
@@ -76,41 +86,11 @@ def train_on_ray(cfg: Config, worker: Callable[[dict[str, Any]], None], newest_s
         run_config=RunConfig(
             # Ray Train resumes whatever it finds under the same name; ours must not, so both are new.
             name=f"ddpm-{uuid.uuid4().hex[:8]}",
-            storage_path=tempfile.mkdtemp(prefix="ddpm-ray-train-"),
+            storage_path=folder,
             failure_config=FailureConfig(max_failures=cfg.cluster.max_failures),
             worker_runtime_env={"env_vars": _worker_environment(cfg)},
         ),
     )
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        raise (_own_error(error) or ClusterError(f"the training failed: {_brief(error)}")) from error
-
-
-def preemption_announced() -> bool:
-    """Whether Ray has told this worker that a node of the run is about to be taken away.
-
-    Ray's own `get_preemption_info` is a barrier of all workers; the loop has a cheaper way to agree.
-    """
-    return get_internal_train_context().preemption_context.preemption_info is not None
-
-
-def await_resources(workers: int, each: dict[str, float], patience_s: float) -> None:
-    """Waits until the cluster as a whole has room for so many workers; ClusterError if it never does."""
-    needed = {name: amount * workers for name, amount in each.items()}
-    deadline = time.monotonic() + patience_s
-    while True:
-        there = ray.cluster_resources()
-        missing = {name: amount for name, amount in needed.items() if there.get(name, 0.0) < amount}
-        if not missing:
-            return
-        if time.monotonic() > deadline:
-            raise ClusterError(
-                f"{workers} workers need {_amounts(needed)}; the cluster has "
-                f"{_amounts({name: there.get(name, 0.0) for name in needed})} after {patience_s:.0f} s of waiting; "
-                "add nodes, lower cluster.workers or cluster.cpus_per_worker, or raise cluster.wait_seconds"
-            )
-        time.sleep(1.0)
 
 
 def admissible_sizes(cfg: Config) -> list[int]:

@@ -28,6 +28,12 @@ def latest_step(run_url: str) -> int | None:
     return states[0].step if states else None
 
 
+def newest_state(run_url: str) -> str | None:
+    """URL of a run's newest valid state; None if it has none."""
+    _, states = read(storage.join(run_url, "checkpoints"))
+    return storage.join(run_url, "checkpoints", str(states[0])) if states else None
+
+
 def _chain(url: str, attempts: list[int]) -> dict[int, fmt.StateId | None]:
     """The claims of the newest attempt, of the one that wrote what it continues, and so on."""
     claims: dict[int, fmt.StateId | None] = {}

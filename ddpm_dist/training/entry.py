@@ -13,6 +13,7 @@ from ddpm_dist.distributed.world import World, broadcast_object, init_world
 from ddpm_dist.errors import DdpmDistError
 from ddpm_dist.recipe import parse_config
 from ddpm_dist.training import run_folder
+from ddpm_dist.training.branch import check_origin
 from ddpm_dist.training.loop import Training
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ def finished(cfg: Config, token: str) -> bool:
     """
     run_folder.prepare(cfg)
     run_folder.take_over(cfg.run.url, token)
+    check_origin(cfg)
     Loader(cfg, rank=0, world=cfg.worker_range[0]).close()
     step = latest_step(cfg.run.url)
     return step is not None and step >= cfg.train.steps

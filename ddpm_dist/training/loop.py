@@ -21,6 +21,7 @@ from ddpm_dist.distributed.engine import Engine
 from ddpm_dist.distributed.world import World, gather_objects
 from ddpm_dist.recipe import dump_config
 from ddpm_dist.training import run_folder
+from ddpm_dist.training.branch import init_from
 from ddpm_dist.training.control import Control
 from ddpm_dist.training.ema import Ema
 from ddpm_dist.training.failures import SkippedSteps
@@ -116,6 +117,8 @@ class Training:
         start = time.perf_counter()
         state = self.store.claim()
         if state is None:
+            if self.cfg.run.init_from is not None:
+                init_from(self.cfg.run.init_from, self.engine, self.ema)
             log.info("a new run begins at step 0: %s", self.cfg.run.url)
             return 0
         meta = self.store.load(state, self.engine, self.ema)

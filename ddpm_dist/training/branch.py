@@ -1,0 +1,76 @@
+"""run.init_from: a new run that starts from what another one learnt (fine-tuning, branching).
+
+From a snapshot come the EMA weights; from a training state come weights, moments, averages and the optimizer's
+step count, so that a branch goes on as its origin would. Either way the new run counts its own steps from 0.
+"""
+
+import logging
+
+from ddpm_dist import snapshot, storage
+from ddpm_dist.config import Config
+from ddpm_dist.distributed.checkpoint import read_state
+from ddpm_dist.distributed.engine import Engine
+from ddpm_dist.distributed.state_format import MANIFEST
+from ddpm_dist.distributed.state_history import newest_state
+from ddpm_dist.errors import ConfigError
+from ddpm_dist.training.ema import Ema
+from ddpm_dist.training.run_folder import newest_snapshot
+
+log = logging.getLogger(__name__)
+
+
+def find_origin(url: str) -> str:
+    """URL of the state or snapshot that `run.init_from` means: itself, or the newest one of a run's folder.
+
+    Of a run that has both, the state is taken. Raises ConfigError if there is neither.
+    """
+    if any(storage.exists(storage.join(url, name)) for name in (MANIFEST, snapshot.INDEX)):
+        return url
+    found = newest_state(url) or newest_snapshot(url)
+    if found is None:
+        raise ConfigError(
+            f"run.init_from: {storage.redact(url)} is neither a snapshot, nor a training state, nor the folder of a "
+            "run that has one of them"
+        )
+    return found
+
+
+def check_origin(cfg: Config) -> None:
+    """Raises before any worker starts if run.init_from can't be what this run starts from."""
+    if cfg.run.init_from is not None:
+        find_origin(cfg.run.init_from)
+
+
+def init_from(url: str, engine: Engine, ema: Ema) -> None:
+    """Fills masters and averages (and moments, from a state) in place; all ranks call it."""
+    origin = find_origin(url)
+    if storage.exists(storage.join(origin, MANIFEST)):
+        manifest, _ = read_state(origin, engine, ema)
+        engine.load_scalars(manifest.scalars)
+    else:
+        _from_snapshot(origin, engine)
+        ema.reset()
+    engine.sync_weights()
+    log.info("run.init_from: weights of %s", storage.redact(origin))
+
+
+def _from_snapshot(url: str, engine: Engine) -> None:
+    network, _ = snapshot.load_snapshot(url)
+    weights = dict(network.named_parameters())
+    theirs = {name: parameter.shape for name, parameter in weights.items()}
+    if theirs != engine.shapes:
+        differing = sorted(
+            name for name in theirs.keys() | engine.shapes.keys() if theirs.get(name) != engine.shapes.get(name)
+        )
+        raise ConfigError(
+            f"run.init_from: the network of {storage.redact(url)} is another one than model.* describes: "
+            f"{len(differing)} parameters differ, the first is {differing[0]} "
+            f"({_shape(theirs.get(differing[0]))} there, {_shape(engine.shapes.get(differing[0]))} here)"
+        )
+    for piece in engine.pieces():
+        flat = weights[piece.name].detach().view(-1)
+        piece.weights.copy_(flat[piece.offset : piece.offset + piece.numel])
+
+
+def _shape(shape: object) -> str:
+    return "absent" if shape is None else str(tuple(shape))  # type: ignore[arg-type]
