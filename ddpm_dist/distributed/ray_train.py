@@ -93,6 +93,32 @@ def _trainer(
     )
 
 
+def preemption_announced() -> bool:
+    """Whether Ray has told this worker that a node of the run is about to be taken away.
+
+    Ray's own `get_preemption_info` is a barrier of all workers; the loop has a cheaper way to agree.
+    """
+    return get_internal_train_context().preemption_context.preemption_info is not None
+
+
+def await_resources(workers: int, each: dict[str, float], patience_s: float) -> None:
+    """Waits until the cluster as a whole has room for so many workers; ClusterError if it never does."""
+    needed = {name: amount * workers for name, amount in each.items()}
+    deadline = time.monotonic() + patience_s
+    while True:
+        there = ray.cluster_resources()
+        missing = {name: amount for name, amount in needed.items() if there.get(name, 0.0) < amount}
+        if not missing:
+            return
+        if time.monotonic() > deadline:
+            raise ClusterError(
+                f"{workers} workers need {_amounts(needed)}; the cluster has "
+                f"{_amounts({name: there.get(name, 0.0) for name in needed})} after {patience_s:.0f} s of waiting; "
+                "add nodes, lower cluster.workers or cluster.cpus_per_worker, or raise cluster.wait_seconds"
+            )
+        time.sleep(1.0)
+
+
 def admissible_sizes(cfg: Config) -> list[int]:
     """Numbers of workers that divide the global batch, within cluster.workers (contract 1)."""
     low, high = cfg.worker_range

@@ -55,7 +55,7 @@ def test_weights_are_taken_along(origin: tuple[str, str], tmp_path: Path, what: 
 
 
 def test_what_is_no_origin_is_refused_before_anything_starts(origin: tuple[str, str], tmp_path: Path) -> None:
-    run_url, data_url = origin
+    _, data_url = origin
     new = (tmp_path / "new").as_uri()
     done = train(new, data_url, f"run.init_from={data_url}")
     assert done.returncode == 1
