@@ -52,6 +52,6 @@ define create_environment
 $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; make PYTHON=/path/to/python3.11")'
 @echo "installing into $(1) (once; a minute or two, about 2 GB)"
 @test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
-@$(1)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(2)]'
+@$(1)/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[$(2)]'
 @touch $@
 endef
