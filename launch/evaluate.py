@@ -5,7 +5,10 @@
     python launch/evaluate.py --snapshot s3://bucket/run/snapshots/000010000 --data s3://bucket/data \
         --metrics fid,prdc --network inception=s3://bucket/pt_inception-2015-12-05-6726825d.pth --out s3://bucket/eval
 
-The last line on stdout is the result as JSON; it is also written to <run.url>/evaluation/results/.
+    python launch/evaluate.py --follow s3://bucket/run
+
+The last line on stdout is the result as JSON; it is also written to <run.url>/evaluation/results/. With --follow,
+each snapshot of a run is evaluated as it comes, and evaluation/report.html shows all of it.
 """
 
 from collections.abc import Sequence
@@ -15,9 +18,7 @@ from ddpm_dist.evaluation import command
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    result = command.run(command.parser(__doc__ or "").parse_args(arguments))
-    print(command.table(result))
-    print(command.as_line(result), flush=True)
+    command.run(command.parser(__doc__ or "").parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -2,16 +2,23 @@
 
 import argparse
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ddpm_dist import storage
 from ddpm_dist.config import Config
-from ddpm_dist.errors import EvaluationError
+from ddpm_dist.errors import EvaluationError, NotFoundError
 from ddpm_dist.evaluation import job
-from ddpm_dist.recipe import load_config
+from ddpm_dist.evaluation.follow import follow
+from ddpm_dist.evaluation.order import Order
+from ddpm_dist.evaluation.report import write_report
+from ddpm_dist.recipe import load_config, parse_config
 from ddpm_dist.sampling import command as sampling_command
 from ddpm_dist.sampling.job import load_manifest
 
+NEAREST = 10
+"""Samples whose nearest training images are shown."""
 _NETWORK_HELP = "weights of inception (inception=URL), or any TorchScript module"
 
 
@@ -20,6 +27,8 @@ def parser(description: str) -> argparse.ArgumentParser:
         description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     sampling_command.add_config_arguments(parser)
+    parser.add_argument("--follow", metavar="RUN", help="evaluate each snapshot of a run as it comes, until its last")
+    parser.add_argument("--report", metavar="RUN", help="only write evaluation/report.html of a run anew")
     parser.add_argument("--samples", metavar="URL", help="folder of sample shards")
     parser.add_argument("--snapshot", metavar="URL", help="draw samples from this, and don't keep them")
     parser.add_argument("--data", metavar="URL", help="data set to compare with; default: data.url")
@@ -41,16 +50,30 @@ def parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Does what the arguments ask for; returns the result."""
-    cfg = _config(args)
+def run(args: argparse.Namespace) -> None:
+    """Does what the arguments ask for, and prints the result."""
+    run_url = args.follow or args.report
+    cfg = _run_config(run_url, args.overrides) if run_url else _config(args)
     sampling_command.print_if_asked(args, cfg)
+    if args.report:
+        print(write_report(cfg))
+    elif args.follow:
+        order = replace(make_order(args, cfg), num_samples=args.num_samples or cfg.evaluation.num_samples)
+        done = follow(cfg, order, sampling_command.workers(args.workers, cfg))
+        print(f"{done} snapshots evaluated; {storage.join(cfg.run.url, 'evaluation')}")
+    else:
+        result = _evaluate(args, cfg)
+        print(table(result))
+        print(json.dumps(result), flush=True)
+
+
+def _evaluate(args: argparse.Namespace, cfg: Config) -> dict[str, Any]:
     return job.run(make_order(args, cfg), sampling_command.workers(args.workers, cfg), cfg.cluster)
 
 
-def make_order(args: argparse.Namespace, cfg: Config) -> job.Order:
+def make_order(args: argparse.Namespace, cfg: Config) -> Order:
     """By default the newest snapshot of the run, against its data."""
-    if args.samples is None and args.snapshot is None:
+    if args.samples is None and args.snapshot is None and args.follow is None:
         args.snapshot = sampling_command.newest(cfg)
     data = args.data
     if data is None and args.reference is None:
@@ -58,7 +81,7 @@ def make_order(args: argparse.Namespace, cfg: Config) -> job.Order:
             raise EvaluationError("data.url is a mix of data sets; say with --data which one to compare with")
         data = cfg.data.url
     names = tuple(args.metrics.split(",")) if args.metrics else cfg.evaluation.metrics
-    return job.Order(
+    return Order(
         samples=args.samples,
         snapshot=args.snapshot,
         data=data,
@@ -70,7 +93,8 @@ def make_order(args: argparse.Namespace, cfg: Config) -> job.Order:
         seed=args.seed,
         labels=args.labels,
         sampling=cfg.sampling,
-        out=args.out or (storage.join(cfg.run.url, "evaluation") if args.config else None),
+        out=args.out or (storage.join(cfg.run.url, "evaluation") if args.config or args.follow else None),
+        nearest=NEAREST,
     )
 
 
@@ -88,9 +112,18 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def as_line(result: dict[str, Any]) -> str:
-    """The result for programs: one line of JSON."""
-    return json.dumps(result)
+def _run_config(run_url: str, overrides: Sequence[str]) -> Config:
+    """The configuration that stands in a run's folder, with overrides that don't change the training."""
+    sampling_command.check_overrides(overrides, "the run's own configuration")
+    url = storage.join(run_url, "config.yaml")
+    try:
+        text = storage.read(url).decode()
+    except NotFoundError:
+        raise EvaluationError(
+            f"{storage.redact(run_url)}: not the folder of a run, it has no config.yaml (which is written first)"
+        ) from None
+    cfg = parse_config(text, overrides, source=storage.redact(url))
+    return cfg.model_copy(update={"run": cfg.run.model_copy(update={"url": run_url.rstrip("/")})})
 
 
 def _config(args: argparse.Namespace) -> Config:

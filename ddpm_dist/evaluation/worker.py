@@ -7,11 +7,12 @@ import itertools
 import math
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ddpm_dist import snapshot
@@ -79,12 +80,8 @@ class NearestTask:
 
     images: SetPart
     network: str
-    queries: Any
-    """Object reference or tensor [Q, D]."""
-    number: int
-
-    def __hash__(self) -> int:
-        return hash((self.images, self.network, self.number))
+    queries: NDArray[np.float32] = field(compare=False)
+    """[Q, D] features."""
 
     def __str__(self) -> str:
         return f"nearest images in {self.images}"
@@ -153,7 +150,7 @@ class EvaluationWorker:
     def find_nearest(self, task: NearestTask) -> tuple[Tensor, Tensor, Tensor]:
         """Distances [Q], indices in the set [Q] and images [Q, C, H, W] of the nearest of this part."""
         network = self._network(task.network, task.images)
-        queries = torch.as_tensor(task.queries)
+        queries = torch.from_numpy(task.queries.copy())
         best = torch.full((len(queries),), math.inf, dtype=torch.float64)
         rows = torch.zeros(len(queries), dtype=torch.long)
         shape = (task.images.channels, task.images.image_size, task.images.image_size)

@@ -119,19 +119,24 @@ def workers(text: str | None, cfg: Config) -> tuple[int, int]:
 
 
 def stored_config(url: str, overrides: Sequence[str]) -> Config:
-    """The configuration stored in a snapshot, with overrides that change no images of the training."""
-    for override in overrides:
-        if override.partition(".")[0] not in _FREE_SECTIONS:
-            raise ConfigError(
-                f"{override!r}: without --config, the snapshot's own configuration holds; only "
-                f"{', '.join(f'{section}.*' for section in _FREE_SECTIONS)} may be given"
-            )
+    """The configuration stored in a snapshot, with overrides that don't change the training."""
+    check_overrides(overrides, "the snapshot's own configuration")
     info = snapshot.load_info(url)
     text = info["config"]
     values: Any = parse_yaml(text, url) if text else _minimal(url, info)
     for override in overrides:
         apply_override(values, override)
     return validate(values, storage.redact(url))
+
+
+def check_overrides(overrides: Sequence[str], what_holds: str) -> None:
+    """Raises ConfigError for an override of what a stored configuration has fixed."""
+    for override in overrides:
+        if override.partition(".")[0] not in _FREE_SECTIONS:
+            raise ConfigError(
+                f"{override!r}: without --config, {what_holds} holds; only "
+                f"{', '.join(f'{section}.*' for section in _FREE_SECTIONS)} may be given"
+            )
 
 
 def print_if_asked(args: argparse.Namespace, cfg: Config) -> None:

@@ -1,0 +1,131 @@
+"""Passes over whole sets, in parts on all workers: sums of features, bits/dim, nearest images."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddpm_dist import storage
+from ddpm_dist.data.index import DataIndex, load_index
+from ddpm_dist.data.stream import iterate
+from ddpm_dist.distributed.ray_pool import ActorPool, Failed
+from ddpm_dist.errors import EvaluationError
+from ddpm_dist.evaluation import statistics
+from ddpm_dist.evaluation.features import FeatureNetwork, open_network
+from ddpm_dist.evaluation.metrics import Reference
+from ddpm_dist.evaluation.moments import Summary
+from ddpm_dist.evaluation.order import BITS_PER_DIM, Order
+from ddpm_dist.evaluation.worker import LikelihoodTask, NearestTask, SetPart, SummaryTask
+from ddpm_dist.sampling.images import grid_png
+from ddpm_dist.sampling.plan import Manifest
+from ddpm_dist.sampling.progress import Progress
+
+EVERYTHING = 2**62
+PART_IMAGES = 512
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One pool, the networks that are asked, and the size at which sets are compared."""
+
+    pool: ActorPool
+    most_workers: int
+    specs: Mapping[str, str]
+    networks: Mapping[str, FeatureNetwork]
+    keep: int
+    size: int
+    channels: int
+
+    def parts(self, url: str, count: int) -> list[SetPart]:
+        """Parts of a set, enough for all workers and small enough to be done again."""
+        number = max(1, min(-(-count // PART_IMAGES), 4 * self.most_workers))
+        return [SetPart(url, (k, number), self.size, self.channels) for k in range(number)]
+
+    def references(self, order: Order, data: DataIndex | None) -> dict[str, Reference]:
+        """Stored ones where they are, computed and stored ones else."""
+        if order.reference is not None:
+            given = statistics.load_given(order.reference, self.size)
+            return dict.fromkeys(self.networks, given)
+        assert data is not None
+        urls = {
+            name: statistics.statistics_url(data.url, data.content_id, self.size, self.channels, network, self.keep)
+            for name, network in self.networks.items()
+        }
+        stored = {name: statistics.load(url) for name, url in urls.items()}
+        found: dict[str, Reference] = {name: summary for name, summary in stored.items() if summary is not None}
+        missing = [name for name in self.networks if name not in found]
+        if missing:
+            made = self.summaries(data.url, data.num_samples, halves=True, only=missing)
+            for name, summary in made.items():
+                statistics.save(urls[name], summary)
+            found |= made
+        return found
+
+    def summaries(
+        self, url: str, count: int, *, halves: bool, limit: int = EVERYTHING, only: Sequence[str] | None = None
+    ) -> dict[str, Summary]:
+        """{network: summary} of a set, merged as its parts come in."""
+        names = list(self.networks if only is None else only)
+        specs = {self.specs[name]: name for name in names}
+        tasks = [SummaryTask(part, tuple(specs), halves, self.keep, limit) for part in self.parts(url, count)]
+        whole: dict[str, Summary] = {}
+        progress = Progress(f"features of {storage.redact(url)}", min(count, limit))
+        for outcome in self.pool.map(tasks):
+            if isinstance(outcome, Failed):
+                raise EvaluationError(f"{outcome.task}: {outcome.error}")
+            done = 0
+            for spec, summary in outcome.value.items():
+                done = summary.count
+                if specs[spec] in whole:
+                    whole[specs[spec]].merge(summary)
+                else:
+                    whole[specs[spec]] = summary
+            progress.add(done, self.pool.alive)
+        for name, summary in whole.items():
+            if summary.count != min(count, limit):
+                raise EvaluationError(f"{url}: {summary.count} images came for {min(count, limit)} in {name}")
+        return whole
+
+
+def mean_bits_per_dim(order: Order, manifest: Manifest | None, compare: Comparison) -> dict[str, float]:
+    url, from_snapshot = order.held_out or order.data, order.snapshot or (manifest.snapshot if manifest else None)
+    if url is None or from_snapshot is None:
+        raise EvaluationError(f"{BITS_PER_DIM}: needs a snapshot and --held-out (or --data)")
+    total = load_index(url).num_samples
+    tasks = [LikelihoodTask(part, from_snapshot, order.seed, EVERYTHING) for part in compare.parts(url, total)]
+    progress = Progress("bits/dim", total)
+    images, bits, prior = 0, 0.0, 0.0
+    for outcome in compare.pool.map(tasks):
+        if isinstance(outcome, Failed):
+            raise EvaluationError(f"{outcome.task}: {outcome.error}")
+        images, bits, prior = images + outcome.value[0], bits + outcome.value[1], prior + outcome.value[2]
+        progress.add(outcome.value[0], compare.pool.alive)
+    return {BITS_PER_DIM: bits / images, f"{BITS_PER_DIM}_prior": prior / images}
+
+
+def nearest(order: Order, compare: Comparison, samples: str, data: DataIndex, name: str) -> dict[str, Any]:
+    """First samples, each above its nearest image of the data set, as a picture; and their distances."""
+    spec = "lite0" if "lite0" in compare.networks else next(iter(compare.specs.values()), "lite0")
+    shape = (compare.channels, compare.size, compare.size)
+    network = open_network(spec, shape)
+    first = itertools.islice(iterate(samples, (0, 1), compare.size, compare.channels), order.nearest)
+    images = torch.from_numpy(np.stack([sample.image for sample in first]))
+    queries = network(images).features
+    tasks = [NearestTask(part, spec, queries.numpy()) for part in compare.parts(data.url, data.num_samples)]
+    distances, rows = torch.full((len(images),), math.inf, dtype=torch.float64), torch.zeros(len(images)).long()
+    pictures = torch.zeros_like(images)
+    for outcome in compare.pool.map(tasks):
+        if isinstance(outcome, Failed):
+            raise EvaluationError(f"{outcome.task}: {outcome.error}")
+        distance, row, picture = outcome.value
+        closer = distance < distances
+        distances[closer], rows[closer], pictures[closer] = distance[closer], row[closer], picture[closer]
+    found: dict[str, Any] = {"network": network.name, "distances": distances.tolist(), "indices": rows.tolist()}
+    if order.out:
+        found["picture"] = storage.join(order.out, "nearest", f"{name}.png")
+        storage.publish(found["picture"], grid_png(torch.cat([images, pictures]), columns=len(images)))
+    return found

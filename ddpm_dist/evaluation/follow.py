@@ -1,0 +1,104 @@
+"""Follows a run: evaluates each new snapshot once, draws the curves, marks the best.
+
+    evaluation/results/<name>.json   one per snapshot; a step that has one is not evaluated again
+    evaluation/results.jsonl         all of them
+    evaluation/best.json             the snapshot with the smallest first metric
+    evaluation/grids/<name>.png      its first samples
+    tensorboard/evaluation/          the curves
+
+It holds no resources between two snapshots, and the training never waits for it. Killed and started again,
+it goes on with the snapshots that have no result; a sampling job that was broken off keeps its units.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from ddpm_dist import storage
+from ddpm_dist.config import Config
+from ddpm_dist.errors import ClusterError, EvaluationError
+from ddpm_dist.evaluation import job
+from ddpm_dist.evaluation.order import Order
+from ddpm_dist.evaluation.report import write_report
+from ddpm_dist.evaluation.result import results
+from ddpm_dist.training.metrics import EventLog
+from ddpm_dist.training.run_folder import snapshot_url
+
+log = logging.getLogger(__name__)
+
+POLL_S = 10.0
+
+
+def follow(cfg: Config, order: Order, workers: tuple[int, int], poll_s: float = POLL_S) -> int:
+    """Evaluates snapshots until that of the last step (train.steps) has a result; returns how many it did.
+
+    order: what to compare with and how; its snapshot and folder are set for each snapshot.
+    """
+    folder = storage.join(cfg.run.url, "evaluation")
+    done = 0
+    while True:
+        pending = pending_steps(cfg, folder, order)
+        for step in pending:
+            if _evaluate_one(cfg, order, folder, step, workers):
+                done += 1
+        last = snapshot_url(cfg.run.url, cfg.train.steps)
+        if not pending and storage.exists(storage.join(last, "model_index.json")):
+            return done
+        time.sleep(poll_s)
+
+
+def pending_steps(cfg: Config, folder: str, order: Order) -> list[int]:
+    """Steps of whole snapshots without a result of these metrics, oldest first."""
+    snapshots = storage.join(cfg.run.url, "snapshots")
+    every = cfg.evaluation.every or 1
+    steps = [int(name) for name in storage.list_names(snapshots) if name.isdigit()]
+    wanted = [step for step in steps if step % every == 0 or step == cfg.train.steps]
+    have = {result["step"] for result in results(folder) if answers(result, order)}
+    return [
+        step
+        for step in sorted(set(wanted) - have)
+        if storage.exists(storage.join(snapshot_url(cfg.run.url, step), "model_index.json"))
+    ]
+
+
+def answers(result: Mapping[str, Any], order: Order) -> bool:
+    """Whether a result is one of what the order asks for."""
+    asked = result["asked"]
+    return bool(asked["metrics"] == list(order.metrics) and asked["num_samples"] == order.num_samples)
+
+
+def mark_best(folder: str) -> dict[str, Any] | None:
+    """Writes best.json: the snapshot with the smallest value of the results' first metric."""
+    rated = [(next(iter(r["metrics"].items())), r) for r in results(folder) if r["metrics"] and r["snapshot"]]
+    if not rated:
+        return None
+    name = rated[-1][0][0]
+    comparable = [(value, result) for (metric, value), result in rated if metric == name]
+    value, result = min(comparable, key=lambda pair: (pair[0], pair[1]["step"] or 0))
+    best = {"snapshot": result["snapshot"], "step": result["step"], "metric": name, "value": value}
+    storage.publish(storage.join(folder, "best.json"), (json.dumps(best, indent=2) + "\n").encode())
+    return best
+
+
+def _evaluate_one(cfg: Config, order: Order, folder: str, step: int, workers: tuple[int, int]) -> bool:
+    """One snapshot; False if there was no room for it now."""
+    url = snapshot_url(cfg.run.url, step)
+    log.info("evaluating the snapshot of step %d", step)
+    try:
+        result = job.run(order.for_snapshot(url, folder), workers, cfg.cluster)
+    except ClusterError as error:
+        log.warning("step %d waits: %s", step, error)
+        return False
+    if result["step"] != step:
+        raise EvaluationError(f"{storage.redact(url)}: its info says step {result['step']}; was it renamed?")
+    events = EventLog(cfg.run.url, attempt=0, start_step=None, name="evaluation")
+    events.scalars({f"evaluation/{name}": value for name, value in result["metrics"].items()}, step)
+    events.close()
+    storage.delete_tree(storage.join(folder, "unkept"))  # of an evaluation that was killed at its end
+    best = mark_best(folder)
+    if best is not None:
+        log.info("best so far: %s = %.4f at step %s", best["metric"], best["value"], best["step"])
+    write_report(cfg)
+    return True

@@ -1,0 +1,67 @@
+"""What an evaluation is asked for, and whether that can be done."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from ddpm_dist.config import SamplingConfig
+from ddpm_dist.errors import EvaluationError
+from ddpm_dist.evaluation import metrics
+
+BITS_PER_DIM = "bits_per_dim"
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to evaluate. One of samples and snapshot, and one of data and reference, must be given."""
+
+    samples: str | None = None
+    """Folder of sample shards."""
+    snapshot: str | None = None
+    """Snapshot to draw samples from; they are deleted afterwards."""
+    data: str | None = None
+    """Data set to compare with."""
+    reference: str | None = None
+    """Statistics file (.npz) to compare with, instead of a data set."""
+    held_out: str | None = None
+    """Data set for bits_per_dim; default: data."""
+    metrics: tuple[str, ...] = ("frechet_pixel", "frechet_lite0")
+    networks: Mapping[str, str] = field(default_factory=dict)
+    """{name: URL} of feature networks beside pixel and lite0."""
+    num_samples: int | None = None
+    """Samples to use, from the first; default: all that are there, or 10,000 from a snapshot."""
+    seed: int = 0
+    labels: str | None = None
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    out: str | None = None
+    """Evaluation folder for the result, as of a run."""
+    nearest: int = 0
+    """First samples to find the nearest images of the data set for: is the network copying?"""
+
+    def for_snapshot(self, url: str, out: str) -> "Order":
+        """The same question about a snapshot, its result in a folder."""
+        return replace(self, samples=None, snapshot=url, out=out)
+
+
+def check(order: Order) -> None:
+    """Raises EvaluationError for orders that can't be carried out."""
+    if (order.samples is None) == (order.snapshot is None):
+        raise EvaluationError("give one of --samples and --snapshot: what is to be evaluated")
+    if (order.data is None) == (order.reference is None):
+        raise EvaluationError("give one of --data and --reference: what it is compared with")
+    wanted = metrics.parse(name for name in order.metrics if name != BITS_PER_DIM)
+    if not order.metrics:
+        raise EvaluationError("evaluation.metrics: empty; name at least one, such as frechet_lite0")
+    network_specs(wanted, order.networks)
+
+
+def network_specs(wanted: Sequence[metrics.Metric], urls: Mapping[str, str]) -> dict[str, str]:
+    """{network name: what `open_network` reads}; EvaluationError if a network's weights are not named."""
+    specs = {}
+    for metric in wanted:
+        name = metric.network
+        if name not in ("pixel", "lite0") and name not in urls:
+            raise EvaluationError(
+                f"{name}: where are its weights? Give --network {name}=URL (known without one: pixel, lite0)"
+            )
+        specs[name] = f"{name}={urls[name]}" if name in urls else name
+    return specs
