@@ -103,7 +103,7 @@ def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tens
     """log p(x) in nats of pixels x (uint8 scaled to [-1, 1]) under a Gaussian, elementwise (equation 13).
 
     The Gaussian is integrated over each pixel's bin of width 2/255; the outermost bins reach to infinity.
-    The integral is exact; the official code's is a tanh approximation of it, within 2e-4 nats of mass.
+    The integral is exact; the official code approximates the distribution function by a tanh, within 2e-4.
     """
     inverse_scale = torch.exp(-log_scale)
     offset = x - mean

@@ -131,7 +131,7 @@ def dpmpp_2m(chain: Chain, x: Tensor) -> Sampled:
 
 
 def dpmpp_2m_sde(chain: Chain, x: Tensor) -> Sampled:
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022, section 5): as dpmpp_2m, of the SDE, with fresh noise in each step."""
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022): as dpmpp_2m, of the SDE, with fresh noise in each step."""
     h = np.diff(chain.lambdas)
     of_x = chain.sigma[1:] / chain.sigma[:-1] * np.exp(-h)
     share = _share_of_previous(h)
@@ -173,7 +173,7 @@ def heun(chain: Chain, x: Tensor) -> Sampled:
 
 
 def unipc(chain: Chain, x: Tensor, order: int = 3) -> Sampled:
-    """UniPC with B_2(h) and data prediction (Zhao et al. 2023, algorithms 5 to 8), one evaluation a step.
+    """UniPC with B_2(h) and data prediction (Zhao et al. 2023, arXiv 2302.04867), multistep: one evaluation a step.
 
     Each evaluation serves twice: it corrects the x it was made at, then predicts the next, which makes the whole
     of order `order` + 1. The order rises over the first steps, and falls over the last to the first order's x_start.
@@ -219,9 +219,9 @@ def _unipc_rows(chain: Chain, order: int, corrected: bool) -> list[tuple[Tensor,
 
 
 def _unipc_weights(nodes: Float64s, h: float) -> Float64s:
-    """rho of Zhao et al., equation 11: sum_i rho_i r_i^(n-1) = n! phi_{n+1}(-h) / B(h), for n = 1 … number of nodes.
+    """rho of Zhao et al.'s theorem 3.1: sum_i rho_i r_i^(n-1) = n! phi_{n+1}(-h) / B(h), for n = 1 … number of nodes.
 
-    With one node any value keeps the order; the paper takes 1/2 (section 3.3).
+    With one node any value keeps the order; the paper takes 1/2.
     """
     if len(nodes) <= 1:
         return np.full(len(nodes), 0.5)

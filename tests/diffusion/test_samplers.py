@@ -58,7 +58,7 @@ def test_image_does_not_depend_on_its_batch(curved, sampler):
 
 
 def test_convolution_leaves_a_stated_difference_between_batch_sizes():
-    """Measured 1.2e-7 to 6e-7 for this network on this machine's kind of CPU; held to 1e-5."""
+    """Measured 3.3e-7 on an AVX-512 CPU; held to 1e-5."""
     torch.manual_seed(0)
     layers = torch.nn.Sequential(
         torch.nn.Conv2d(3, 32, 3, padding=1), torch.nn.SiLU(), torch.nn.Conv2d(32, 3, 3, padding=1)
