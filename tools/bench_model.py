@@ -1,0 +1,329 @@
+"""The CIFAR-10 network, ours beside diffusers': speed of a training step and of inference, memory, share of the peak.
+
+    python tools/bench_model.py                        # both precisions, all cores, batch 16
+    python tools/bench_model.py --precision bf16 --batch 8 --threads 1 --rounds 9
+
+Same weights, batch, threads and handling of precision on both sides (bf16: bf16 weights and activations, float32
+masters, as under DeepSpeed). They take turns in one process, so that what else the machine does hits both; ratios
+are medians over the rounds. A training step is forward, loss, backward, gradient clipping, Adam and EMA:
+
+  ours     flat buffers, fused Adam, one lerp for the EMA: what a rank of our engine does
+  theirs   diffusers' unconditional example: clip_grad_norm_, torch's default Adam, diffusers' EMAModel
+
+The convolution peak is measured as well: torch's plain convolution in the given precision, forward and backward, on
+every shape of the network at the same batch, each in its better memory layout, weighted by FLOPs. The share of it is
+the network's convolution FLOPs (as the paper's network has them, whoever saves some) over the fastest step's time.
+It exceeds what plain convolutions allow where ours needs fewer products, or takes faster ones (models/arithmetic.py).
+
+The last line is one JSON object; ratios above 1 are in our favour, memory ratios below 1.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DModel
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from ddpm_dist import cli
+from ddpm_dist.config import ModelConfig
+from ddpm_dist.models.arithmetic import bf16_products_are_slow
+from ddpm_dist.models.unet import UNet, UNetConfig
+
+LR, DECAY, CLIP = 2e-4, 0.9999, 1.0
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WARM_UP = 2
+
+
+class Batch(NamedTuple):
+    x: Tensor  # [B, 3, 32, 32], as are eps
+    t: Tensor  # [B]
+    eps: Tensor
+
+
+class ConvShape(NamedTuple):
+    inputs: int
+    outputs: int
+    kernel: int
+    stride: int
+    padding: int
+    size: int  # height and width of the input
+
+    def flops(self, batch: int) -> int:
+        """Of a forward pass: two per multiply-add."""
+        out = (self.size + 2 * self.padding - self.kernel) // self.stride + 1
+        return 2 * batch * self.inputs * self.outputs * self.kernel**2 * out**2
+
+
+class Ours:
+    """Our network and a training step as our engine does it: everything flat."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.network = UNet(cifar10()).initialize(0).to(dtype)
+        parameters = list(self.network.parameters())
+        self.weights = torch.cat([p.detach().flatten() for p in parameters])
+        self.grads = torch.zeros_like(self.weights)
+        sizes = [p.numel() for p in parameters]
+        for p, weight, grad in zip(parameters, self.weights.split(sizes), self.grads.split(sizes), strict=True):
+            p.data, p.grad = weight.view(p.shape), grad.view(p.shape)
+        self.master = self.weights if dtype == torch.float32 else self.weights.float()
+        self.average = self.master.clone()
+        self.adam = torch.optim.Adam([self.master], lr=LR, fused=True)
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.network(batch.x, batch.t)
+
+    def update(self) -> None:
+        self.master.grad = self.grads if self.grads.dtype == self.master.dtype else self.grads.float()
+        norm = torch.linalg.vector_norm(self.master.grad)
+        self.master.grad.mul_((CLIP / (norm + 1e-6)).clamp(max=1.0))
+        self.adam.step()
+        self.average.lerp_(self.master, 1 - DECAY)
+        if self.master is not self.weights:
+            self.weights.copy_(self.master)
+            self.master.grad = None
+        self.grads.zero_()
+
+
+class Theirs:
+    """diffusers' network and a training step as its unconditional example does it, with float32 masters."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        settings = cifar10().to_diffusers()
+        settings.pop("_class_name")
+        self.network = UNet2DModel(**settings)
+        self.network.load_state_dict(UNet(cifar10()).initialize(0).state_dict())
+        self.network.to(dtype)
+        self.weights = list(self.network.parameters())
+        self.masters = self.weights
+        if dtype != torch.float32:
+            self.masters = [nn.Parameter(weight.detach().float()) for weight in self.weights]
+        self.adam = torch.optim.Adam(self.masters, lr=LR)
+        self.ema = EMAModel(self.masters, decay=DECAY)
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.network(batch.x, batch.t).sample
+
+    @torch.no_grad()
+    def update(self) -> None:
+        low = self.masters is not self.weights
+        if low:
+            for master, weight in zip(self.masters, self.weights, strict=True):
+                master.grad = weight.grad.float()
+        torch.nn.utils.clip_grad_norm_(self.masters, CLIP)
+        self.adam.step()
+        self.ema.step(self.masters)
+        if low:
+            for master, weight in zip(self.masters, self.weights, strict=True):
+                weight.copy_(master)
+                weight.grad = None
+        self.adam.zero_grad()
+
+
+Side = Ours | Theirs
+SIDES: dict[str, type[Ours] | type[Theirs]] = {"ours": Ours, "theirs": Theirs}
+
+
+def cifar10() -> UNetConfig:
+    """The paper's network, without dropout, whose random numbers are not what is measured."""
+    return UNetConfig.from_recipe(ModelConfig(), image_size=32, channels=3, learned_variance=False)
+
+
+def make_batch(size: int, dtype: torch.dtype) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    x, eps = (torch.randn(size, 3, 32, 32, generator=generator) for _ in range(2))
+    return Batch(x.to(dtype), torch.randint(1000, (size,), generator=generator), eps)
+
+
+def train_step(side: Side, batch: Batch) -> tuple[float, float]:
+    """Seconds of (forward, loss and backward; the whole step)."""
+    start = time.perf_counter()
+    F.mse_loss(side.forward(batch).float(), batch.eps).backward()
+    middle = time.perf_counter()
+    side.update()
+    return middle - start, time.perf_counter() - start
+
+
+@torch.no_grad()
+def inference_step(side: Side, batch: Batch) -> float:
+    """Seconds of a forward pass."""
+    start = time.perf_counter()
+    side.forward(batch)
+    return time.perf_counter() - start
+
+
+def alternate(measure: Callable[[str], Any], rounds: int) -> dict[str, list[Any]]:
+    """measure("ours") and measure("theirs") by turns, the first changing every round."""
+    found: dict[str, list[Any]] = {name: [] for name in SIDES}
+    for r in range(-WARM_UP, rounds):
+        for name in sorted(SIDES, reverse=bool(r % 2)):
+            value = measure(name)
+            if r >= 0:
+                found[name].append(value)
+    return found
+
+
+def ratio(found: dict[str, list[float]]) -> float:
+    """Median over the rounds of their time over ours."""
+    return statistics.median(b / a for a, b in zip(found["ours"], found["theirs"], strict=True))
+
+
+def conv_shapes() -> Counter[ConvShape]:
+    """The convolutions that UNet2DModel really runs for one image, and how often each."""
+    shapes: Counter[ConvShape] = Counter()
+
+    def record(conv: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+        c: Any = conv
+        shapes[ConvShape(c.in_channels, c.out_channels, c.kernel_size[0], c.stride[0], c.padding[0],
+                         inputs[0].shape[2])] += 1  # fmt: skip
+
+    side = Theirs(torch.float32)
+    for module in side.network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(record)
+    inference_step(side, make_batch(1, torch.float32))
+    return shapes
+
+
+def conv_seconds(shapes: Counter[ConvShape], dtype: torch.dtype, batch: int, rounds: int) -> tuple[float, float]:
+    """Seconds of all the network's convolutions alone, each at its best: (forward, forward and backward)."""
+    forward = backward = 0.0
+    for shape, count in shapes.items():
+        layouts = [_conv_times(shape, dtype, batch, layout, rounds) for layout in LAYOUTS]
+        forward += count * min(layout[0] for layout in layouts)
+        backward += count * min(sum(layout) for layout in layouts)
+    return forward, backward
+
+
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+
+
+def _conv_times(
+    shape: ConvShape, dtype: torch.dtype, batch: int, layout: torch.memory_format, rounds: int
+) -> tuple[float, float]:
+    x = torch.randn(batch, shape.inputs, shape.size, shape.size).to(dtype).to(memory_format=layout)
+    weight = torch.randn(shape.outputs, shape.inputs, shape.kernel, shape.kernel).to(dtype).to(memory_format=layout)
+    bias = torch.zeros(shape.outputs, dtype=dtype)
+    stride, padding = [shape.stride] * 2, [shape.padding] * 2
+    gradient = torch.randn_like(F.conv2d(x, weight, bias, stride, padding))
+    needed = [shape.inputs > 3, True, True]  # the image itself needs no gradient
+
+    def forward() -> None:
+        F.conv2d(x, weight, bias, stride, padding)
+
+    def backward() -> None:
+        torch.ops.aten.convolution_backward(
+            gradient, x, weight, [shape.outputs], stride, padding, [1, 1], False, [0, 0], 1, needed
+        )
+
+    return _best(forward, rounds), _best(backward, rounds)
+
+
+def _best(action: Callable[[], None], rounds: int) -> float:
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def peak_bytes(side: str, precision: str, args: argparse.Namespace) -> int:
+    """Most memory of a process that trains one side, above what its imports took; measured in a process of its own."""
+    command = [sys.executable, __file__, "--memory-of", side, "--precision", precision]
+    command += ["--batch", str(args.batch), "--threads", str(args.threads)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def measure_memory(side_name: str, dtype: torch.dtype, batch: int) -> int:
+    """Growth of this process's resident memory in three training steps, at its peak."""
+    before = _status_bytes("VmRSS")
+    side, data = SIDES[side_name](dtype), make_batch(batch, dtype)
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of imports and initialisation
+    for _ in range(3):
+        train_step(side, data)
+    return _status_bytes("VmHWM") - before
+
+
+def _status_bytes(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
+
+
+def timings(dtype: torch.dtype, batch_size: int, rounds: int) -> tuple[dict[str, list[float]], ...]:
+    """Seconds per round of each side: inference; forward, loss and backward; the whole training step."""
+    sides = {name: make(dtype) for name, make in SIDES.items()}
+    batch = make_batch(batch_size, dtype)
+    inference = alternate(lambda name: inference_step(sides[name], batch), rounds)
+    training = alternate(lambda name: train_step(sides[name], batch), rounds)
+    network, whole = ({name: [pair[k] for pair in pairs] for name, pairs in training.items()} for k in range(2))
+    return inference, network, whole
+
+
+def measure(precision: str, args: argparse.Namespace, shapes: Counter[ConvShape]) -> dict[str, float]:
+    """All figures of one precision, printed as a table."""
+    dtype = DTYPES[precision]
+    inference, network, training = timings(dtype, args.batch, args.rounds)
+    conv_forward, conv_both = conv_seconds(shapes, dtype, args.batch, args.rounds)
+    memory = {name: peak_bytes(name, precision, args) for name in SIDES}
+
+    gflop = sum(count * shape.flops(args.batch) for shape, count in shapes.items()) / 1e9
+    print(f"\n{precision}: plain convolutions alone {gflop / conv_forward:.0f} GFLOP/s forward, "
+          f"{3 * gflop / conv_both:.0f} forward and backward")  # fmt: skip
+    print(f"{'':10}{'training':>12}{'':>14}{'inference':>14}{'peak':>12}{'share of conv peak':>22}")
+    figures: dict[str, float] = {}
+    for name in SIDES:
+        shares = conv_both / min(training[name]), conv_forward / min(inference[name])
+        speeds = [args.batch / statistics.median(times[name]) for times in (training, network, inference)]
+        print(f"{name:10}{speeds[0]:8.2f} img/s ({speeds[1]:.2f} without update){speeds[2]:8.2f} img/s"
+              f"{memory[name] / 2**20:8.0f} MiB{shares[0]:10.1%} training, {shares[1]:.1%} inference")  # fmt: skip
+        figures |= {f"{name}_training_images_per_s": speeds[0], f"{name}_inference_images_per_s": speeds[2],
+                    f"{name}_training_conv_share": shares[0], f"{name}_inference_conv_share": shares[1],
+                    f"{name}_peak_MiB": memory[name] / 2**20}  # fmt: skip
+    figures |= {
+        "training_ratio": ratio(training),
+        "training_without_update_ratio": ratio(network),
+        "inference_ratio": ratio(inference),
+        "peak_memory_ratio": memory["ours"] / memory["theirs"],
+    }
+    print("ours / theirs: training {training_ratio:.3f} (without update {training_without_update_ratio:.3f}), "
+          "inference {inference_ratio:.3f}, peak memory {peak_memory_ratio:.3f}".format_map(figures))  # fmt: skip
+    return figures
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precision", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--batch", type=int, default=16, help="images in a step")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    if args.memory_of:
+        print(measure_memory(args.memory_of, DTYPES[args.precision[0]], args.batch))
+        return
+    print(f"{platform.processor() or platform.machine()}, {args.threads} threads, batch {args.batch}, "
+          f"{args.rounds} rounds; bf16 products are {'slow' if bf16_products_are_slow() else 'fast'} here")  # fmt: skip
+    shapes = conv_shapes()
+    result: dict[str, Any] = {"batch": args.batch, "threads": args.threads}
+    for precision in args.precision:
+        figures = measure(precision, args, shapes)
+        result |= {f"{precision}_{name}": round(value, 4) for name, value in figures.items()}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    cli.run(main)
