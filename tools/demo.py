@@ -136,7 +136,8 @@ class Demo:
                 cluster.submit(command, show)
             except ClusterError as error:
                 raise ClusterError(
-                    f"{error}; everything it said: {shown(log_path)}; to begin anew: rm -r {shown(self.out)}"
+                    f"{error}; all that it said is in {shown(log_path)}. The same command goes on from here; "
+                    f"`rm -r {shown(self.out)}` before it begins anew"
                 ) from None
         return result
 
