@@ -203,6 +203,7 @@ def read_events(run_url: str) -> Events:
         for name in storage.list_names(folder_url):
             if ".tfevents." in name:
                 (Path(folder) / name).write_bytes(storage.read(storage.join(folder_url, name)))
+        logging.getLogger("tensorboard").setLevel(logging.WARNING)  # it tells of each file that it finished
         events = EventAccumulator(folder, size_guidance={"scalars": 0, "images": 0})
         events.Reload()
     tags = events.Tags()

@@ -1,0 +1,323 @@
+"""Evaluations end to end: the numbers are those of one process with other people's code; what is wrong is said."""
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ddpm_dist import snapshot, storage
+from ddpm_dist.config import ClusterConfig
+from ddpm_dist.data.decode import encode_png
+from ddpm_dist.data.stream import iterate
+from ddpm_dist.data.writer import EncodedSample, write_index, write_shard
+from ddpm_dist.diffusion.likelihood import bits_per_dim
+from ddpm_dist.distributed.ray_pool import Done
+from ddpm_dist.errors import ConfigError, DdpmDistError, EvaluationError
+from ddpm_dist.evaluation import follow as following
+from ddpm_dist.evaluation import job, result
+from ddpm_dist.evaluation.distances import frechet_of_features, kid, prdc
+from ddpm_dist.evaluation.moments import in_first_half
+from ddpm_dist.evaluation.order import Order
+from ddpm_dist.evaluation.worker import EvaluationWorker
+from ddpm_dist.recipe import parse_config
+from ddpm_dist.sampling import job as sampling_job
+from ddpm_dist.training.metrics import read_events
+from ddpm_dist.training.run_folder import snapshot_url
+from tests.ray_local import RayCluster
+from tests.sampling.tiny import SETTINGS, make_order, make_snapshot
+
+CLUSTER = ClusterConfig(wait_seconds=60)
+PIXEL = ("frechet_pixel",)
+
+
+class InProcess:
+    """Stands in for the pool: three workers in this process, each task at another one, the last tasks first."""
+
+    def __init__(self) -> None:
+        self.workers = [EvaluationWorker(1, "cpu") for _ in range(3)]
+        self.alive = 3
+        self.tasks: list[object] = []
+
+    def map(self, tasks):  # type: ignore[no-untyped-def]
+        for number, task in enumerate(reversed(list(tasks))):
+            self.tasks.append(task)
+            yield Done(task, self.workers[number % 3](task))
+
+
+def evaluate(order: Order, pool: InProcess | None = None) -> dict[str, object]:
+    return job.evaluate(order, pool or InProcess(), 3, CLUSTER)  # type: ignore[arg-type]
+
+
+def pictures(count: int, seed: int, size: int = 8) -> Tensor:
+    """[N, 1, H, W] uint8: blobs, so that their distances are neither 0 nor those of noise."""
+    noise = torch.randn(count, 1, size, size, generator=torch.Generator().manual_seed(seed))
+    smooth = torch.nn.functional.avg_pool2d(noise, 3, stride=1, padding=1)
+    return (128 + 100 * smooth + 5 * seed).clamp(0, 255).to(torch.uint8)
+
+
+def make_set(url: str, images: Tensor, per_shard: int = 37) -> str:
+    shards = []
+    for start in range(0, len(images), per_shard):
+        part = images[start : start + per_shard].permute(0, 2, 3, 1).numpy()
+        encoded = [EncodedSample(f"{start + i:06d}", encode_png(image), "png") for i, image in enumerate(part)]
+        shards.append(write_shard(url, f"shard-{start:06d}.tar", encoded))
+    write_index(url, shards)
+    return url
+
+
+@pytest.fixture
+def sets(tmp_path: Path) -> tuple[str, str]:
+    """(samples, data) without a manifest: 3-channel pixels when evaluated."""
+    return make_set(f"file://{tmp_path}/samples", pictures(130, 1)), make_set(
+        f"file://{tmp_path}/data", pictures(201, 2)
+    )
+
+
+def as_features(url: str) -> Tensor:
+    images = np.stack([sample.image for sample in iterate(url, channels=3)])
+    return torch.from_numpy(images).flatten(1).double() / 255
+
+
+def test_numbers_are_those_of_one_process(sets: tuple[str, str]) -> None:
+    samples, data = sets
+    found = evaluate(Order(samples=samples, data=data, metrics=("frechet_pixel", "kid_pixel", "prdc_pixel")))
+    own, real = as_features(samples), as_features(data)
+    values = found["metrics"]
+    assert isinstance(values, dict)
+    assert values["frechet_pixel"] == pytest.approx(frechet_of_features(own, real), rel=1e-5)
+    assert values["kid_pixel"] == pytest.approx(kid(own, real)[0], rel=0.05)
+    expected = prdc(real.float(), own.float())
+    assert {name: values[f"{name}_pixel"] for name in expected} == pytest.approx(expected, abs=1e-9)
+    half = in_first_half(torch.arange(201))
+    floor = frechet_of_features(real[half], real[~half])
+    assert values["frechet_pixel_floor"] == pytest.approx(floor, rel=1e-5)
+    assert (found["num_samples"], found["reference"]["num_samples"]) == (130, 201)  # type: ignore[index]
+
+
+def test_the_first_n_samples(sets: tuple[str, str]) -> None:
+    samples, data = sets
+    found = evaluate(Order(samples=samples, data=data, metrics=PIXEL, num_samples=100))
+    expected = frechet_of_features(as_features(samples)[:100], as_features(data))
+    assert found["metrics"]["frechet_pixel"] == pytest.approx(expected, rel=1e-7)  # type: ignore[index]
+    assert "-100-against-201-of-" in str(found["name"])
+
+
+def test_statistics_are_made_once(sets: tuple[str, str]) -> None:
+    samples, data = sets
+    first, second = InProcess(), InProcess()
+    order = Order(samples=samples, data=data, metrics=PIXEL)
+    values = [evaluate(order, pool)["metrics"] for pool in (first, second)]
+    assert values[0] == pytest.approx(values[1], rel=1e-12)
+    assert [any(data in str(task) for task in pool.tasks) for pool in (first, second)] == [True, False]
+    stored = [name for name in storage.list_objects(data) if name.startswith("statistics/")]
+    assert len(stored) == 1
+    given = evaluate(replace(order, data=None, reference=storage.join(data, stored[0])))
+    assert given["metrics"]["frechet_pixel"] == pytest.approx(values[0]["frechet_pixel"], rel=1e-9)  # type: ignore[index]
+    storage.publish(storage.join(data, stored[0]), b"spoilt")
+    assert evaluate(order)["metrics"] == pytest.approx(values[0], rel=1e-12)
+
+
+def test_statistics_of_others(sets: tuple[str, str], tmp_path: Path) -> None:
+    """mu and sigma, as pytorch-fid writes them."""
+    samples, data = sets
+    real = as_features(data).numpy()
+    buffer = io.BytesIO()
+    np.savez(buffer, mu=real.mean(0), sigma=np.cov(real, rowvar=False))
+    storage.publish(f"file://{tmp_path}/theirs.npz", buffer.getvalue())
+    found = evaluate(Order(samples=samples, reference=f"file://{tmp_path}/theirs.npz", metrics=PIXEL))
+    expected = frechet_of_features(as_features(samples), torch.from_numpy(real))
+    assert found["metrics"] == {"frechet_pixel": pytest.approx(expected, rel=1e-5)}
+    assert any("no floor" in warning for warning in found["warnings"])  # type: ignore[attr-defined]
+
+
+def test_straight_from_a_snapshot_without_keeping_images(sets: tuple[str, str], tmp_path: Path) -> None:
+    url = make_snapshot(f"file://{tmp_path}/snapshot")
+    out = f"file://{tmp_path}/evaluation"
+    order = Order(snapshot=url, data=sets[1], metrics=PIXEL, num_samples=30, sampling=SETTINGS, out=out, nearest=4)
+    found = evaluate(order)
+    sampling_job.run([make_order(url, f"file://{tmp_path}/kept", 30)], (1, 3), CLUSTER, InProcess())  # type: ignore[arg-type]
+    kept = evaluate(Order(samples=f"file://{tmp_path}/kept", data=sets[1], metrics=PIXEL))
+    assert found["metrics"] == pytest.approx(kept["metrics"], rel=1e-9)
+    assert storage.list_objects(storage.join(out, "unkept")) == {}
+    assert result.results(out) == [json.loads(json.dumps(found))]
+    lines = storage.read(storage.join(out, "results.jsonl")).decode().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [10]
+    assert storage.exists(str(found["grid"]))
+    nearest = found["nearest"]
+    assert isinstance(nearest, dict)
+    assert len(nearest["distances"]) == 4
+    assert storage.exists(nearest["picture"])
+
+
+def test_nearest_images_are_found_over_all_parts(sets: tuple[str, str]) -> None:
+    data = sets[1]
+    found = evaluate(Order(samples=data, data=data, metrics=PIXEL, nearest=5))["nearest"]
+    assert isinstance(found, dict)
+    assert found["indices"] == [0, 1, 2, 3, 4]
+    assert max(found["distances"]) < 1e-4
+
+
+def test_bits_per_dim_is_the_mean_over_the_set(tmp_path: Path, sets: tuple[str, str]) -> None:
+    url = make_snapshot(f"file://{tmp_path}/snapshot")
+    held_out = make_set(f"file://{tmp_path}/held-out", pictures(11, 5), per_shard=4)
+    order = Order(samples=sets[0], snapshot=None, data=sets[1], held_out=held_out, metrics=("bits_per_dim",))
+    with pytest.raises(EvaluationError, match="bits_per_dim: needs a snapshot"):
+        evaluate(order)
+    sampling_job.run([make_order(url, f"file://{tmp_path}/out", 8)], (1, 3), CLUSTER, InProcess())  # type: ignore[arg-type]
+    found = evaluate(replace(order, samples=f"file://{tmp_path}/out"))["metrics"]
+    network, diffusion = snapshot.load_snapshot(url)
+    x = torch.from_numpy(np.stack([sample.image for sample in iterate(held_out, channels=1)])).float() / 127.5 - 1
+    bits = bits_per_dim(network, diffusion, x, seed=0, indices=torch.arange(11))
+    assert found == {
+        "bits_per_dim": pytest.approx(float(bits.total.mean()), rel=1e-5),
+        "bits_per_dim_prior": pytest.approx(float(bits.prior.mean()), rel=1e-9),
+    }
+
+
+def test_warnings(tmp_path: Path, sets: tuple[str, str]) -> None:
+    url = make_snapshot(f"file://{tmp_path}/raw", kind="raw")
+    out = f"file://{tmp_path}/out"
+    sampling_job.run([make_order(url, out)], (1, 3), CLUSTER, InProcess())  # type: ignore[arg-type]
+    large = make_set(f"file://{tmp_path}/large", pictures(60, 3, size=12))
+    said = " | ".join(evaluate(Order(samples=out, data=large, metrics=PIXEL))["warnings"])  # type: ignore[arg-type]
+    assert "20 samples are few" in said
+    assert "the weights are raw, not EMA" in said
+    assert "pixel: 20 images" in said
+    assert "of 12 to 12 px were resized and cropped to 8 px" in said
+    assert "no manifest" in " ".join(evaluate(Order(samples=sets[0], data=sets[1], metrics=PIXEL))["warnings"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"samples": None}, "give one of --samples and --snapshot"),
+        ({"snapshot": "memory://x"}, "give one of --samples and --snapshot"),
+        ({"data": None}, "give one of --data and --reference"),
+        (
+            {"metrics": ("fvd_lite0",)},
+            "'fvd_lite0' is unknown; a metric is <kind>_<network> with a kind of frechet",
+        ),
+        ({"metrics": ("fid",)}, r"inception: where are its weights\? Give --network inception=URL"),
+        ({"metrics": ()}, "name at least one"),
+        ({"metrics": ("is_pixel",)}, "pixel has no classes; use inception"),
+        ({"num_samples": 131}, "--num-samples 131: .* has 130; draw more"),
+    ],
+)
+def test_orders_that_cannot_be(sets: tuple[str, str], change: dict[str, object], message: str) -> None:
+    order = replace(Order(samples=sets[0], data=sets[1], metrics=PIXEL), **change)  # type: ignore[arg-type]
+    with pytest.raises(EvaluationError, match=message):
+        evaluate(order)
+
+
+def test_references_that_do_not_fit(sets: tuple[str, str], tmp_path: Path) -> None:
+    evaluate(Order(samples=sets[0], data=sets[1], metrics=PIXEL))
+    statistics = next(name for name in storage.list_objects(sets[1]) if name.startswith("statistics/"))
+    large = make_set(f"file://{tmp_path}/large", pictures(60, 3, size=12))
+    cases = {storage.join(sets[1], statistics): "statistics of images of another size; the samples have 12 px"}
+    for name, arrays, message in [
+        ("empty", {"x": np.zeros(3)}, "has no mu and sigma; it holds x"),
+        ("skew", {"mu": np.zeros(3), "sigma": np.zeros((2, 2))}, r"mu \(3,\) and sigma \(2, 2\) don't fit"),
+        ("small", {"mu": np.zeros(3), "sigma": np.eye(3)}, "its mean has 3 features, pixel has 432"),
+    ]:
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        storage.publish(f"file://{tmp_path}/{name}.npz", buffer.getvalue())
+        cases[f"file://{tmp_path}/{name}.npz"] = message
+    for url, message in cases.items():
+        with pytest.raises(EvaluationError, match=message):
+            evaluate(Order(samples=large, reference=url, metrics=PIXEL))
+
+
+def run_config(url: str, data: str, **evaluation: object):  # type: ignore[no-untyped-def]
+    return parse_config(
+        f"""
+        run: {{url: {url}}}
+        data: {{url: {data}, image_size: 8, channels: 1}}
+        model: {{channels: 8, channel_mult: [1, 2], num_res_blocks: 1, attention_resolutions: [4], norm_groups: 4}}
+        diffusion: {{timesteps: 20}}
+        train: {{steps: 30, global_batch: 4}}
+        sampling: {{sampler: ddim, steps: 4, unit_size: 8, batch_size: 4}}
+        evaluation: {json.dumps({"metrics": ["frechet_pixel"], "num_samples": 16, **evaluation})}
+        """
+    )
+
+
+def publish_snapshot(run_url: str, step: int) -> None:
+    url = make_snapshot(f"{run_url}/made", seed=step)
+    network, diffusion = snapshot.load_snapshot(url)
+    info = {**snapshot.load_info(url), "step": step}
+    snapshot.save_snapshot(snapshot_url(run_url, step), network, network.config, diffusion, info)
+
+
+def test_follows_a_run_evaluating_each_snapshot_once(
+    sets: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The follower is broken off in the middle of an evaluation and started again while snapshots come."""
+    run = f"file://{tmp_path}/run"
+    cfg = run_config(run, sets[1])
+    order = Order(data=sets[1], metrics=PIXEL, num_samples=16, sampling=cfg.sampling)
+    evaluated: list[int] = []
+
+    def in_process(one: Order, workers: tuple[int, int], cluster: ClusterConfig) -> dict[str, object]:
+        step = int(str(one.snapshot)[-9:])
+        evaluated.append(step)
+        if evaluated.count(step) == 1 and step == 20:
+            raise KeyboardInterrupt
+        found = evaluate(one)
+        if step == 20:
+            publish_snapshot(run, 30)
+        return found
+
+    monkeypatch.setattr(following.job, "run", in_process)
+    publish_snapshot(run, 10)
+    publish_snapshot(run, 20)
+    with pytest.raises(KeyboardInterrupt):
+        following.follow(cfg, order, (1, 2), poll_s=0.01)
+    assert following.follow(cfg, order, (1, 2), poll_s=0.01) == 2
+    assert evaluated == [10, 20, 20, 30]
+    assert following.follow(cfg, order, (1, 2), poll_s=0.01) == 0
+    folder = f"{run}/evaluation"
+    found = result.results(folder)
+    assert [one["step"] for one in found] == [10, 20, 30]
+    best = min(found, key=lambda one: one["metrics"]["frechet_pixel"])
+    assert json.loads(storage.read(f"{folder}/best.json"))["step"] == best["step"]
+    curve = read_events(f"{run}/tensorboard/..").scalars
+    assert curve == {}
+    assert len([name for name in storage.list_names(f"{run}/tensorboard/evaluation") if "tfevents" in name]) == 3
+    assert b"Fr\xc3\xa9chet pixel" in storage.read(f"{folder}/report.html")
+
+
+def test_follows_at_the_wanted_interval(sets: tuple[str, str], tmp_path: Path) -> None:
+    run = f"file://{tmp_path}/run"
+    for step in (8, 16, 20, 30):
+        publish_snapshot(run, step)
+    order = Order(data=sets[1], metrics=PIXEL, num_samples=16)
+    assert following.pending_steps(run_config(run, sets[1], every=8), f"{run}/evaluation", order) == [8, 16, 30]
+    assert following.pending_steps(run_config(run, sets[1]), f"{run}/evaluation", order) == [8, 16, 20, 30]
+
+
+def test_on_ray_with_the_store(ray_cluster: RayCluster, bucket_url: str) -> None:
+    """The same result from two actors and a bucket as from one process and files."""
+    url = make_snapshot(f"{bucket_url}/snapshot")
+    data = make_set(f"{bucket_url}/data", pictures(201, 2))
+    order = Order(
+        snapshot=url, data=data, metrics=("frechet_pixel", "frechet_lite0"), num_samples=24, out=f"{bucket_url}/e"
+    )
+    order = replace(order, sampling=SamplingConfig(sampler="ddim", steps=4, unit_size=8, batch_size=4))
+    found = job.run(order, (1, 2), CLUSTER)
+    assert found["metrics"] == pytest.approx(evaluate(replace(order, out=f"{bucket_url}/other"))["metrics"], rel=1e-5)
+    assert set(found["metrics"]) == {f"frechet_{n}{f}" for n in ("pixel", "lite0") for f in ("", "_floor")}
+
+
+def test_settings_that_cannot_work_end_a_job_on_ray(ray_cluster: RayCluster, tmp_path: Path) -> None:
+    url = make_snapshot(f"file://{tmp_path}/snapshot")
+    order = make_order(url, f"file://{tmp_path}/out", sampling=SETTINGS.model_copy(update={"steps": 99}))
+    with pytest.raises(ConfigError, match=r"sampling\.steps: 99") as error:
+        sampling_job.run([order], (1, 1), CLUSTER)
+    assert isinstance(error.value, DdpmDistError)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,149 @@
+"""The report: every number is there, it reaches for nothing outside, and it survives what names may hold."""
+
+import io
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_dist import storage
+from ddpm_dist.config import Config
+from ddpm_dist.evaluation.chart import MAX_POINTS, Series, line_chart
+from ddpm_dist.evaluation.report import MAX_GRIDS, render
+from ddpm_dist.recipe import parse_config
+from ddpm_dist.training.metrics import Events
+
+
+def config(name: str = "run") -> Config:
+    return parse_config(
+        f"""
+        run: {{url: "memory://runs/{name}"}}
+        data: {{url: "memory://digits", image_size: 8, channels: 1}}
+        model: {{channels: 32, channel_mult: [1, 2], attention_resolutions: [4]}}
+        train: {{steps: 300, global_batch: 4}}
+        """
+    )
+
+
+def png(level: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((8, 8), level, np.uint8)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def result(step: int, value: float, **changes: Any) -> dict[str, Any]:
+    grid = f"memory://grids/{step}.png"
+    storage.publish(grid, png(step % 256))
+    return {
+        "name": f"{step}",
+        "num_samples": 500,
+        "step": step,
+        "weights": "ema",
+        "seed": 0,
+        "sampling": {"sampler": "ddim", "steps": 50, "precision": "bf16"},
+        "reference": {"data": "memory://digits", "num_samples": 1797},
+        "networks": {"lite0": {"resize": "antialiased bilinear"}},
+        "versions": {"torch": "2.13.0"},
+        "metrics": {"frechet_lite0": value, "frechet_lite0_floor": 91.5},
+        "warnings": ["500 samples are few"],
+        "seconds": 12.0,
+        "grid": grid,
+        **changes,
+    }
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and collects what a browser would load."""
+
+    VOID = ("meta", "link", "img")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+        self.text: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+EVENTS = Events({"loss/mean": [(step, 1 / (step + 1)) for step in range(300)]}, {"samples/ema": [(100, png(1))]})
+
+
+def test_shows_metrics_floors_warnings_and_grids() -> None:
+    page = render(config(), [result(100, 250.25), result(200, 120.5), result(300, 130.75)], EVENTS, {"goodput": 0.97})
+    parsed = Page(page)
+    assert parsed.open == []
+    text = " ".join(parsed.text)
+    for shown in ("250.2", "120.5", "130.8", "91.5", "500 samples are few", "antialiased bilinear", "0.97"):
+        assert shown in text
+    assert "<b>120.5</b>" in page
+    assert page.count("<svg") == 2
+    assert sum(source.startswith("data:image/png") for source in parsed.sources) == 3
+
+
+def test_reaches_for_nothing_outside() -> None:
+    page = render(config(), [result(100, 1.0), result(200, 2.0)], EVENTS, None)
+    assert all(source.startswith("data:") for source in Page(page).sources)
+    assert not re.search(r"https?://|@import|url\(|<script", page)
+
+
+def test_without_evaluations_it_shows_the_training() -> None:
+    page = render(config(), [], EVENTS, None)
+    assert "Nothing has been evaluated yet" in page
+    assert page.count("data:image/png") == 1
+    empty = render(config(), [], Events({}, {}), None)
+    assert "<svg" not in empty
+    Page(empty)
+
+
+def test_names_are_escaped() -> None:
+    page = render(config("<script>x"), [result(100, 1.0, warnings=["a <b> & c"])], EVENTS, None)
+    assert "<script" not in page
+    assert "a &lt;b&gt; &amp; c" in page
+
+
+def test_many_grids_are_thinned_to_first_and_last() -> None:
+    page = render(config(), [result(step, 1.0) for step in range(10, 310, 10)], EVENTS, None)
+    shown = re.findall(r"<figcaption>step ([\d,]+)<", page)
+    assert len(shown) == MAX_GRIDS
+    assert (shown[0], shown[-1]) == ("10", "300")
+
+
+def points_of(chart: str) -> list[list[tuple[float, float]]]:
+    lines = re.findall(r"points='([^']*)'", chart)
+    return [[tuple(map(float, point.split(","))) for point in line.split()] for line in lines]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_chart_keeps_order_and_bounds(log: bool) -> None:
+    series = [
+        Series("a", [(step, 10.0 ** (-step / 500)) for step in range(1500)]),
+        Series("b", [(0, 0.5), (1499, 0.2)]),
+    ]
+    lines = points_of(line_chart("loss", series, log))
+    assert len(lines[0]) == MAX_POINTS
+    assert all(0 <= x <= 480 and 0 <= y <= 240 for line in lines for x, y in line)
+    assert [x for x, _ in lines[0]] == sorted(x for x, _ in lines[0])
+    assert [y for _, y in lines[0]] == sorted(y for _, y in lines[0])
+
+
+@pytest.mark.parametrize(
+    "points", [[(5, 3.0)], [(0, 2.0), (1, 2.0)], [(0, 0.0), (1, 0.0)], [(0, float("nan")), (1, -1.0), (2, 1e9)]]
+)
+def test_chart_of_few_or_odd_values(points: list[tuple[float, float]]) -> None:
+    for log in (False, True):
+        assert "nan" not in line_chart("x", [Series("a", points)], log)
+    assert line_chart("x", [Series("a", [(0, float("inf"))])]) == ""
