@@ -57,7 +57,7 @@ class File:
     size: int
     sha256: str
     crc32: list[int]
-    """Of each block of BLOCK_BYTES; the last may be shorter."""
+    """Of each block; the last may be shorter."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,10 @@ class Manifest:
     """Of the optimizer: its step count, the loss scaler."""
     meta: dict[str, Any]
     """Of the run: step, images seen, seed, configuration, versions, counters."""
+    file_bytes: int
+    """Size of each file of a rank's stream but the last."""
+    block_bytes: int
+    """Size of what a CRC-32 is of."""
 
     @property
     def kinds(self) -> list[str]:
@@ -164,6 +168,8 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "parts": [asdict(part) for part in manifest.parts],
         "scalars": manifest.scalars,
         "meta": manifest.meta,
+        "file_bytes": manifest.file_bytes,
+        "block_bytes": manifest.block_bytes,
     }
     return _seal(body)
 
@@ -178,6 +184,8 @@ def decode_manifest(data: bytes, place: str) -> Manifest:
             [_part(part) for part in body["parts"]],
             body["scalars"],
             body["meta"],
+            body["file_bytes"],
+            body["block_bytes"],
         )
     except (KeyError, TypeError) as error:
         raise DamagedStateError(f"{place}: incomplete: {error}") from None

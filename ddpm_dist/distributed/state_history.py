@@ -86,7 +86,7 @@ def collect(url: str, newest: fmt.StateId, keep: set[fmt.StateId]) -> None:
     newest: the state just published. What its attempt is writing after it, or a successor writes, is left alone.
     """
     check_owner(url, newest.attempt)
-    for name in storage.list_names(url):
+    for name in sorted({path.split("/")[0] for path in storage.list_objects(url)}):
         state = fmt.StateId.parse(name)
         if state is None or state in keep or state.attempt > newest.attempt:
             continue

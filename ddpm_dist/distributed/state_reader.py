@@ -56,9 +56,12 @@ def read_into(state_url: str, manifest: fmt.Manifest, targets: Sequence[Target])
     hosts = [_host_of(target.tensor) for target in targets]
     copies = _plan(manifest, targets, [bytes_of(host) for host in hosts])
     files = {file.name: file for part in manifest.parts for file in part.files}
-    ranges = [(files[name], low, high, part) for name, todo in copies.items() for low, high, part in _ranges(todo)]
+    block = manifest.block_bytes
+    ranges = [
+        (files[name], low, high, part) for name, todo in copies.items() for low, high, part in _ranges(todo, block)
+    ]
     with ThreadPoolExecutor(DOWNLOADS, "state-read") as pool:
-        fetched = sum(pool.map(lambda r: _fetch(state_url, *r), ranges))
+        fetched = sum(pool.map(lambda r: _fetch(state_url, block, *r), ranges))
     for target, host in zip(targets, hosts, strict=True):
         if host is not target.tensor:
             target.tensor.copy_(host)
@@ -124,22 +127,22 @@ def _plan(manifest: fmt.Manifest, targets: Sequence[Target], buffers: Sequence[m
             files = manifest.parts[segment.rank].files
             position, at, left = segment.start, segment.target, segment.size
             while left:
-                index = position // fmt.FILE_BYTES
+                index = position // manifest.file_bytes
                 size = min(left, ends[segment.rank][index] - position)
-                copy = _Copy(position - index * fmt.FILE_BYTES, size, buffer, at)
+                copy = _Copy(position - index * manifest.file_bytes, size, buffer, at)
                 copies.setdefault(files[index].name, []).append(copy)
                 position, at, left = position + size, at + size, left - size
     return copies
 
 
-def _ranges(copies: list[_Copy]) -> Iterator[tuple[int, int, list[_Copy]]]:
+def _ranges(copies: list[_Copy], block_bytes: int) -> Iterator[tuple[int, int, list[_Copy]]]:
     """Merges copies into (first block, end block, its copies), each at most RANGE_BYTES or one copy long."""
     low = high = -1
     group: list[_Copy] = []
     for copy in sorted(copies, key=lambda c: c.start):
-        first = copy.start // fmt.BLOCK_BYTES
-        end = -(-(copy.start + copy.size) // fmt.BLOCK_BYTES)
-        if group and first <= high and (max(high, end) - low) * fmt.BLOCK_BYTES <= RANGE_BYTES:
+        first = copy.start // block_bytes
+        end = -(-(copy.start + copy.size) // block_bytes)
+        if group and first <= high and (max(high, end) - low) * block_bytes <= RANGE_BYTES:
             high = max(high, end)
             group.append(copy)
         else:
@@ -150,11 +153,11 @@ def _ranges(copies: list[_Copy]) -> Iterator[tuple[int, int, list[_Copy]]]:
         yield low, high, group
 
 
-def _fetch(state_url: str, file: fmt.File, first: int, end: int, copies: list[_Copy]) -> int:
+def _fetch(state_url: str, block_bytes: int, file: fmt.File, first: int, end: int, copies: list[_Copy]) -> int:
     """Reads blocks [first, end) of a file, checks each, and copies what is wanted of them."""
     url = storage.join(state_url, file.name)
-    start = first * fmt.BLOCK_BYTES
-    size = min(end * fmt.BLOCK_BYTES, file.size) - start
+    start = first * block_bytes
+    size = min(end * block_bytes, file.size) - start
     try:
         data = memoryview(storage.read_range(url, start, size, PATIENCE_S))
     except NotFoundError:
@@ -162,10 +165,10 @@ def _fetch(state_url: str, file: fmt.File, first: int, end: int, copies: list[_C
     except ShortReadError as error:
         raise DamagedStateError(f"{storage.redact(url)}: cut off: {error}") from None
     for block in range(first, end):
-        at = (block - first) * fmt.BLOCK_BYTES
-        if zlib.crc32(data[at : at + fmt.BLOCK_BYTES]) != file.crc32[block]:
+        at = (block - first) * block_bytes
+        if zlib.crc32(data[at : at + block_bytes]) != file.crc32[block]:
             raise DamagedStateError(
-                f"{storage.redact(url)}: bytes from {block * fmt.BLOCK_BYTES} are not those that were written"
+                f"{storage.redact(url)}: bytes from {block * block_bytes} are not those that were written"
             )
     for copy in copies:
         copy.buffer[copy.at : copy.at + copy.size] = data[copy.start - start : copy.start - start + copy.size]

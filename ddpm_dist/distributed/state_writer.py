@@ -160,7 +160,8 @@ class StateWriter:
             storage.publish(_part_url(url, self._rank), fmt.encode_part(part), PATIENCE_S)
             return
         parts = [part, *(self._await_part(url, rank) for rank in range(1, self._size))]
-        manifest = fmt.Manifest(job.id, job.shapes, parts, job.scalars, job.meta)
+        sizes = (fmt.FILE_BYTES, fmt.BLOCK_BYTES)
+        manifest = fmt.Manifest(job.id, job.shapes, parts, job.scalars, job.meta, *sizes)
         fmt.check_complete(manifest, str(job.id))
         self._may_publish()
         storage.publish(storage.join(url, fmt.MANIFEST), fmt.encode_manifest(manifest), PATIENCE_S)
