@@ -3,6 +3,8 @@
 import random
 from pathlib import Path
 
+import pytest
+
 from ddpm_dist import storage
 from tests.integration import jobs
 
@@ -13,6 +15,7 @@ def overrides(run_url: str, data_url: str) -> list[str]:
     return [f"run.url={run_url}", f"data.url={data_url}", f"train.steps={STEPS}", "cluster.workers=2", *jobs.SMALL]
 
 
+@pytest.mark.timeout(900)
 def test_killed_and_resumed_equals_unbroken(bucket_url: str, tmp_path: Path) -> None:
     data_url, log = f"{bucket_url}/data", tmp_path / "log"
     jobs.make_digits(data_url)
