@@ -134,9 +134,7 @@ def _config(args: argparse.Namespace) -> Config:
         manifest = load_manifest(args.samples)
         snapshot = manifest.snapshot if manifest else None
     if snapshot is None:
-        raise EvaluationError(
-            "give --samples URL or --snapshot URL, with --config FILE if they don't tell their recipe"
-        )
+        raise EvaluationError("give --samples URL or --snapshot URL, or --config FILE")
     return sampling_command.stored_config(snapshot, args.overrides)
 
 

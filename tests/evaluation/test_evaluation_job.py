@@ -308,7 +308,7 @@ def test_on_ray_with_the_store(ray_cluster: RayCluster, bucket_url: str) -> None
     order = Order(
         snapshot=url, data=data, metrics=("frechet_pixel", "frechet_lite0"), num_samples=24, out=f"{bucket_url}/e"
     )
-    order = replace(order, sampling=SamplingConfig(sampler="ddim", steps=4, unit_size=8, batch_size=4))
+    order = replace(order, sampling=SETTINGS)
     found = job.run(order, (1, 2), CLUSTER)
     assert found["metrics"] == pytest.approx(evaluate(replace(order, out=f"{bucket_url}/other"))["metrics"], rel=1e-5)
     assert set(found["metrics"]) == {f"frechet_{n}{f}" for n in ("pixel", "lite0") for f in ("", "_floor")}
