@@ -38,12 +38,14 @@ class Subject:
     recipe: str
     steps: int | None
     """Optimizer steps that make a demonstration; None: the recipe's own."""
+    samples: int | None
+    """Images to draw and to compare; None: the recipe's own."""
 
 
 SUBJECTS = {
-    "digits": Subject("configs/digits.yaml", None),
-    "fashion-mnist": Subject("configs/fashion-mnist.yaml", 1500),
-    "emoji": Subject("configs/emoji32.yaml", 1000),
+    "digits": Subject("configs/digits.yaml", None, None),
+    "fashion-mnist": Subject("configs/fashion-mnist.yaml", 1500, 2000),
+    "emoji": Subject("configs/emoji32.yaml", 600, 1000),
 }
 CPUS = 4
 """Logical ones, for Ray: two workers of one thread each, and room for what only waits."""
@@ -65,9 +67,9 @@ class Demo:
         self.recipe = SUBJECTS[name].recipe
         self.data_url, self.run_url = f"s3://ddpm/data/{name}", f"s3://ddpm/runs/{name}"
         self.overrides = [f"run.url={self.run_url}", f"data.url={self.data_url}"]
-        steps = steps or SUBJECTS[name].steps
-        if steps:
-            self.overrides.append(f"train.steps={steps}")
+        steps, samples = steps or SUBJECTS[name].steps, SUBJECTS[name].samples
+        self.overrides += [f"train.steps={steps}"] if steps else []
+        self.overrides += [f"evaluation.num_samples={samples}"] if samples else []
         self.cfg = load_config(ROOT / self.recipe, self.overrides)
         self._step, self._began = 0, time.monotonic()
 
