@@ -160,7 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self._send(answer, content, fault)
 
-    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _pass_on  # noqa: N815 - http.server's names
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _pass_on  # http.server's names
 
     def _ask_the_store(self, body: bytes) -> tuple[http.client.HTTPResponse, bytes]:
         store = http.client.HTTPConnection(*self.owner.target, timeout=60)
