@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from functools import partial
 
 from ddpm_dist import cli
-from ddpm_dist.distributed.ray_train import preemption_announced, train_on_ray
+from ddpm_dist.distributed.ray_train import connect, preemption_announced, train_on_ray
 from ddpm_dist.distributed.state_history import latest_step
+from ddpm_dist.evaluation.follow import start_beside
 from ddpm_dist.training import run_folder
 from ddpm_dist.training.entry import finished, ray_worker, report_end
 
@@ -18,6 +19,8 @@ def main(argv: Sequence[str] | None) -> None:
     cfg = cli.config_from(cli.config_parser("Train a DDPM on a Ray cluster.").parse_args(argv))
     token = run_folder.new_token()
     if not finished(cfg, token):
+        connect()
+        start_beside(cfg)
         worker = partial(ray_worker, token=token, preempted=preemption_announced)
         train_on_ray(cfg, worker, partial(latest_step, cfg.run.url))
     report_end(cfg)

@@ -25,7 +25,7 @@ UNAWARE = [{"ddpm_dist.data", "ddpm_dist.diffusion", "ddpm_dist.models"}]
 
 PLACES = {
     "deepspeed": ["ddpm_dist/distributed/engine.py"],
-    "ray": ["ddpm_dist/distributed/ray_train.py", "ddpm_dist/distributed/ray_pool.py"],
+    "ray": ["ddpm_dist/distributed/ray_"],
     "webdataset": ["ddpm_dist/data/tar.py"],
     "fsspec": ["ddpm_dist/storage.py"],
     "s3fs": [],

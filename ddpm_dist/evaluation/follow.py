@@ -12,12 +12,14 @@ it goes on with the snapshots that have no result; a sampling job that was broke
 
 import json
 import logging
+import shlex
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from ddpm_dist import storage
 from ddpm_dist.config import Config
+from ddpm_dist.distributed.ray_jobs import submit_beside
 from ddpm_dist.errors import ClusterError, EvaluationError
 from ddpm_dist.evaluation import job
 from ddpm_dist.evaluation.order import Order
@@ -47,6 +49,18 @@ def follow(cfg: Config, order: Order, workers: tuple[int, int], poll_s: float = 
         if not pending and storage.exists(storage.join(last, "model_index.json")):
             return done
         time.sleep(poll_s)
+
+
+def start_beside(cfg: Config) -> None:
+    """Starts a follower of a run as a Ray job of its own, if evaluation.every asks for one; Ray is connected."""
+    if cfg.evaluation.every is None:
+        return
+    command = f"python launch/evaluate.py --follow {shlex.quote(cfg.run.url)}"
+    started = submit_beside(command)
+    if started is None:
+        log.warning("evaluation.every: no follower runs; start it by hand: %s", command)
+    else:
+        log.info("evaluation.every: snapshots are evaluated by the Ray job %s", started)
 
 
 def pending_steps(cfg: Config, folder: str, order: Order) -> list[int]:
