@@ -25,6 +25,7 @@ CAUSES = ("empty", "not_an_image", "too_large", "corrupt")
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8\xff"
+_JPEG_SPACES = ("RGB", "YCbCr", "Gray")
 _NPY = b"\x93NUMPY"
 # What Pillow may open; formats that run other programs or scripts (EPS) stay out.
 _PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
@@ -57,6 +58,23 @@ def decode(data: bytes, size: int | None = None, channels: int | None = None) ->
     if size is not None and pixels.shape[:2] != (size, size):
         pixels = fit(pixels, size)
     return pixels
+
+
+def decode_into(data: bytes, out: Pixels) -> None:
+    """As `decode`, to a contiguous [size, size, 1 or 3] uint8 array; raises BadSampleError and then leaves rubbish.
+
+    A JPEG of that size is unpacked in place, which saves a fifth of its time at 256 pixels.
+    """
+    size, _, channels = out.shape
+    if data.startswith(_JPEG):
+        try:
+            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+            if height == width == size and colorspace in _JPEG_SPACES:
+                simplejpeg.decode_jpeg(data, colorspace="GRAY" if channels == 1 else "RGB", buffer=out)
+                return
+        except ValueError as error:
+            raise BadSampleError("corrupt", str(error)) from None
+    out[:] = decode(data, size, channels)
 
 
 def describe(data: bytes) -> tuple[str, int, int]:
@@ -135,7 +153,7 @@ def _png(data: bytes, size: int | None, channels: int | None) -> Pixels:
 def _jpeg(data: bytes, size: int | None, channels: int | None) -> Pixels:
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     _check_pixels(height, width)
-    if colorspace not in ("RGB", "YCbCr", "Gray"):
+    if colorspace not in _JPEG_SPACES:
         return _pillow(data, size, channels)
     grey = channels == 1 or (channels is None and colorspace == "Gray")
     return cast(Pixels, simplejpeg.decode_jpeg(data, colorspace="GRAY" if grey else "RGB"))

@@ -26,8 +26,10 @@ from ddpm_dist.errors import BadSamplesError, ConfigError
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-BATCHES_AHEAD = 2
-"""Finished batches that wait for the training loop."""
+BATCHES_AHEAD = 4
+"""Most finished batches that wait for the training loop."""
+BYTES_AHEAD = 2**25
+"""Most bytes of them; one batch may always wait."""
 CLOSE_S = 5.0
 """Longest wait, at the end, for a read from a store that doesn't answer; the thread is a daemon."""
 
@@ -76,7 +78,7 @@ class Loader:
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         """The batches from a step on, over all epochs, without end."""
-        found = in_background(lambda: self._finished(start_step), BATCHES_AHEAD)
+        found = in_background(lambda: self._finished(start_step), self._batches_ahead())
         self._open.append(found)
         return found
 
@@ -85,6 +87,11 @@ class Loader:
         for iterator in self._open:
             iterator.close()  # type: ignore[attr-defined]
         self._open.clear()
+
+    def _batches_ahead(self) -> int:
+        data = self._cfg.data
+        nbytes = (self._places[1] - self._places[0]) * data.image_size**2 * data.channels
+        return max(1, min(BATCHES_AHEAD, BYTES_AHEAD // nbytes))
 
     def _finished(self, start_step: int) -> Iterator[Batch]:
         data, bad, seen = self._cfg.data, Counter[str](), 0

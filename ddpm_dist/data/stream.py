@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm_dist.data.decode import BadSampleError, Pixels, decode
+from ddpm_dist.data.decode import BadSampleError, Pixels, decode, decode_into
 from ddpm_dist.data.fetch import LoadedExtent, Sample, ShardReader
 from ddpm_dist.data.index import load_index
 from ddpm_dist.data.order import Block, Extent, Order, share_of
@@ -164,7 +164,7 @@ def _decode_places(
     bad_places: list[int] = []
     for i, sample in enumerate(samples):
         try:
-            images[i] = decode(sample.image, size, channels)
+            decode_into(sample.image, images[i])
         except BadSampleError as error:
             log.warning("data: sample %s can't be decoded (%s); another takes its place", sample.key, error)
             bad[error.cause] += 1

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_dist.data.decode import BadSampleError, decode, describe, encode_jpeg, encode_png, encode_raw, fit
+from ddpm_dist.data.decode import BadSampleError, decode, decode_into, describe, encode_jpeg, encode_png, encode_raw, fit
 from tests.data.small_sets import random_images
 
 RGB = random_images(1, 24)[0]
@@ -48,6 +48,16 @@ def test_jpeg_is_near_pillow_and_grey_jpeg_is_grey() -> None:
     assert decode(grey, None, 3).shape == (48, 48, 3)
     luma = np.asarray(Image.open(io.BytesIO(data)).convert("L")).astype(int)
     assert np.abs(decode(data, None, 1)[..., 0].astype(int) - luma).max() <= 2
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("data", [encode_jpeg(smooth(), 95), encode_jpeg(smooth(64), 95), encode_png(smooth())])
+def test_decoding_in_place_gives_the_same(data: bytes, channels: int) -> None:
+    out = np.zeros((48, 48, channels), np.uint8)
+    decode_into(data, out)
+    assert np.array_equal(out, decode(data, 48, channels))
+    with pytest.raises(BadSampleError):
+        decode_into(data[:100], out)
 
 
 def test_palettes_become_colours() -> None:
