@@ -7,7 +7,7 @@ Same weights, batch, threads and handling of precision on both sides (bf16: bf16
 masters, as under DeepSpeed). They take turns in one process, so that what else the machine does hits both; ratios
 are medians over the rounds. A training step is forward, loss, backward, gradient clipping, Adam and EMA:
 
-  ours     flat buffers, fused Adam, one lerp for the EMA: what a rank of our engine does
+  ours     torch's clipping over all tensors at once, fused Adam, and one call for the EMA, as in our engine
   theirs   diffusers' unconditional example: clip_grad_norm_, torch's default Adam, diffusers' EMAModel
 
 The convolution peak is measured as well: torch's plain convolution in the given precision, forward and backward, on
@@ -68,33 +68,27 @@ class ConvShape(NamedTuple):
 
 
 class Ours:
-    """Our network and a training step as our engine does it: everything flat."""
+    """Our network and a training step with the parts that our engine uses."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.network = UNet(cifar10()).initialize(0).to(dtype)
-        parameters = list(self.network.parameters())
-        self.weights = torch.cat([p.detach().flatten() for p in parameters])
-        self.grads = torch.zeros_like(self.weights)
-        sizes = [p.numel() for p in parameters]
-        for p, weight, grad in zip(parameters, self.weights.split(sizes), self.grads.split(sizes), strict=True):
-            p.data, p.grad = weight.view(p.shape), grad.view(p.shape)
-        self.master = self.weights if dtype == torch.float32 else self.weights.float()
-        self.average = self.master.clone()
-        self.adam = torch.optim.Adam([self.master], lr=LR, fused=True)
+        self.weights = list(self.network.parameters())
+        self.masters = masters_of(self.weights)
+        self.averages = [master.detach().clone() for master in self.masters]
+        self.adam = torch.optim.Adam(self.masters, lr=LR, fused=True)
 
     def forward(self, batch: Batch) -> Tensor:
         return self.network(batch.x, batch.t)
 
+    @torch.no_grad()
     def update(self) -> None:
-        self.master.grad = self.grads if self.grads.dtype == self.master.dtype else self.grads.float()
-        norm = torch.linalg.vector_norm(self.master.grad)
-        self.master.grad.mul_((CLIP / (norm + 1e-6)).clamp(max=1.0))
+        move_gradients(self.weights, self.masters)
+        torch.nn.utils.clip_grad_norm_(self.masters, CLIP, foreach=True)
         self.adam.step()
-        self.average.lerp_(self.master, 1 - DECAY)
-        if self.master is not self.weights:
-            self.weights.copy_(self.master)
-            self.master.grad = None
-        self.grads.zero_()
+        torch._foreach_lerp_(self.averages, self.masters, 1 - DECAY)
+        if self.masters is not self.weights:
+            torch._foreach_copy_(self.weights, self.masters)
+        self.adam.zero_grad()
 
 
 class Theirs:
@@ -107,9 +101,7 @@ class Theirs:
         self.network.load_state_dict(UNet(cifar10()).initialize(0).state_dict())
         self.network.to(dtype)
         self.weights = list(self.network.parameters())
-        self.masters = self.weights
-        if dtype != torch.float32:
-            self.masters = [nn.Parameter(weight.detach().float()) for weight in self.weights]
+        self.masters = masters_of(self.weights)
         self.adam = torch.optim.Adam(self.masters, lr=LR)
         self.ema = EMAModel(self.masters, decay=DECAY)
 
@@ -118,18 +110,28 @@ class Theirs:
 
     @torch.no_grad()
     def update(self) -> None:
-        low = self.masters is not self.weights
-        if low:
-            for master, weight in zip(self.masters, self.weights, strict=True):
-                master.grad = weight.grad.float()
+        move_gradients(self.weights, self.masters)
         torch.nn.utils.clip_grad_norm_(self.masters, CLIP)
         self.adam.step()
         self.ema.step(self.masters)
-        if low:
+        if self.masters is not self.weights:
             for master, weight in zip(self.masters, self.weights, strict=True):
                 weight.copy_(master)
-                weight.grad = None
         self.adam.zero_grad()
+
+
+def masters_of(weights: list[nn.Parameter]) -> list[nn.Parameter]:
+    """The float32 copies that the optimizer works on, or the weights themselves."""
+    if weights[0].dtype == torch.float32:
+        return weights
+    return [nn.Parameter(weight.detach().float()) for weight in weights]
+
+
+def move_gradients(weights: list[nn.Parameter], masters: list[nn.Parameter]) -> None:
+    """Hands each weight's gradient to its master, in float32; the same on both sides."""
+    if masters is not weights:
+        for master, weight in zip(masters, weights, strict=True):
+            master.grad, weight.grad = weight.grad.float(), None
 
 
 Side = Ours | Theirs

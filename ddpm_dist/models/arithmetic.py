@@ -8,6 +8,7 @@ once after it, which is also what the bfloat16 instructions do, as they accumula
 Which way is taken depends on the kind of processor alone, never on a measurement, so that a run repeats its bits.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+WIDE_ELEMENTS = 2**20
+"""Elements that are widened at once, 4 MB in float32: all of a batch at 8², four images of 128 channels at 32²."""
 
 
 @cache
@@ -44,7 +48,7 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if widens(x):
-            return _WideConv2d.apply(x, self.weight, self.bias, self.stride, self.padding)
+            return _WideConvolution.apply(x, self.weight, self.bias, self.stride, self.padding, False)
         return super().forward(x)
 
 
@@ -73,8 +77,7 @@ class UpsamplingConv2d(nn.Conv2d):
         rows = self.weight.transpose(0, 1).reshape(-1, 9).float()
         kernel = (rows @ _spread(x.device)).view(in_channels, out_channels, 4, 4)
         if widens(x):
-            bias = None if self.bias is None else self.bias.float()
-            return F.conv_transpose2d(x.float(), kernel, bias, stride=2, padding=1).to(x.dtype)
+            return _WideConvolution.apply(x, kernel, self.bias, (2, 2), (1, 1), True)
         return F.conv_transpose2d(x, kernel.to(x.dtype), self.bias, stride=2, padding=1)
 
 
@@ -94,21 +97,46 @@ def _spread(device: torch.device) -> Tensor:
     return torch.kron(row, row).to(device)
 
 
-class _WideConv2d(torch.autograd.Function):
+class _WideConvolution(torch.autograd.Function):
+    """A few images at a time, so that their float32 copies stay in the cache and take little memory."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stride: Any, padding: Any) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stride: Any, padding: Any, transposed: bool
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.stride, ctx.padding = stride, padding
-        return F.conv2d(x.float(), weight.float(), bias.float(), stride, padding).to(x.dtype)
+        ctx.geometry = stride, padding, [1, 1], transposed, [0, 0], 1
+        wide = weight.float(), bias.float()
+        parts = x.split(_images_at_once(x, len(bias), stride, transposed))
+        return _cat([torch.ops.aten.convolution(part.float(), *wide, *ctx.geometry).to(x.dtype) for part in parts])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        wide = torch.ops.aten.convolution_backward(
-            grads[0].float(), x.float(), weight.float(), [weight.shape[0]], ctx.stride, ctx.padding, [1, 1],
-            False, [0, 0], 1, ctx.needs_input_grad[:3],
-        )  # fmt: skip
-        return *(None if grad is None else grad.to(x.dtype) for grad in wide), None, None
+        (x, weight), stride, transposed = ctx.saved_tensors, ctx.geometry[0], ctx.geometry[3]
+        wide, biases = weight.float(), [grads[0].shape[1]]
+        at_once = _images_at_once(x, grads[0].shape[1], stride, transposed)
+        x_grads: list[Tensor] = []
+        weight_grad, bias_grad = torch.zeros_like(wide), torch.zeros(biases)
+        for part, grad in zip(x.split(at_once), grads[0].split(at_once), strict=True):
+            x_grad, *summands = torch.ops.aten.convolution_backward(
+                grad.float(), part.float(), wide, biases, *ctx.geometry, (ctx.needs_input_grad[0], True, True)
+            )
+            if x_grad is not None:
+                x_grads.append(x_grad.to(x.dtype))
+            weight_grad.add_(summands[0])
+            bias_grad.add_(summands[1])
+        return _cat(x_grads) if x_grads else None, weight_grad.to(weight.dtype), bias_grad.to(x.dtype), None, None, None
+
+
+def _images_at_once(x: Tensor, out_channels: int, stride: Sequence[int], transposed: bool) -> int:
+    """Images whose input and output have at most WIDE_ELEMENTS elements; at least one."""
+    pixels = x.shape[2] * x.shape[3]
+    out_pixels = pixels * stride[0] * stride[1] if transposed else pixels // (stride[0] * stride[1])
+    return max(1, WIDE_ELEMENTS // (x.shape[1] * pixels + out_channels * out_pixels))
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class _WideLinear(torch.autograd.Function):

@@ -16,7 +16,15 @@ from ddpm_dist.config import ModelConfig
 from ddpm_dist.errors import ConfigError
 from ddpm_dist.models.arithmetic import Conv2d
 from ddpm_dist.models.config import UNetConfig as UNetConfig
-from ddpm_dist.models.layers import Attention, Downsample, ResnetBlock, TimestepEmbedding, Upsample, timestep_embedding
+from ddpm_dist.models.layers import (
+    Attention,
+    Downsample,
+    GroupNormSiLU,
+    ResnetBlock,
+    TimestepEmbedding,
+    Upsample,
+    timestep_embedding,
+)
 
 VANISHING_GAIN = 1e-5
 """Xavier gain of the last layer of each residual branch: the code's variance scale 1e-10."""
@@ -42,7 +50,7 @@ class UNet(nn.Module):
         self.down_blocks = nn.ModuleList(_down_level(config, level) for level in range(config.levels))
         self.mid_block = _MidBlock(config)
         self.up_blocks = nn.ModuleList(_up_level(config, level) for level in reversed(range(config.levels)))
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
+        self.conv_norm_out = GroupNormSiLU(config.norm_num_groups, channels[0], config.norm_eps)
         self.conv_out = Conv2d(channels[0], config.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -56,6 +64,7 @@ class UNet(nn.Module):
         temb = self.time_embedding(sinusoids.to(dtype))
         if self.class_embedding is not None:
             temb = temb + self.class_embedding(labels)
+        temb = nn.functional.silu(temb)  # every block begins with it
 
         h = self.conv_in(x.to(dtype))
         skips = [h]
@@ -64,7 +73,7 @@ class UNet(nn.Module):
         h = self.mid_block(h, temb, config.levels - 1 in self.checkpoint_levels)
         for level, up in zip(reversed(range(config.levels)), self.up_blocks, strict=True):
             h = up(h, temb, skips, level in self.checkpoint_levels)
-        return self.conv_out(nn.functional.silu(self.conv_norm_out(h)))
+        return self.conv_out(self.conv_norm_out(h))
 
     def initialize(self, seed: int) -> "UNet":
         """Draws all weights anew from the seed, the paper's code's way; returns itself.

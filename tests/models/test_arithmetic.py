@@ -48,6 +48,24 @@ def test_convolution(kernel, stride, padding, slow_bf16):
     check(ours, lambda x, w, b: F.conv2d(x, w, b, stride, padding), tensors)
 
 
+def test_a_batch_in_parts_is_the_batch(monkeypatch):
+    """Widened one, two or all images at a time: the same output, and gradients up to the order of sums."""
+    monkeypatch.setattr(arithmetic, "bf16_products_are_slow", lambda: True)
+    conv, up = randomize(Conv2d(8, 4, 3, stride=2, padding=1)).bfloat16(), randomize(UpsamplingConv2d(4)).bfloat16()
+    torch.manual_seed(0)
+    x = torch.randn(5, 8, 6, 6).bfloat16()
+    results = []
+    for elements in (1, 2 * (8 * 36 + 4 * 9), 2**20):
+        monkeypatch.setattr(arithmetic, "WIDE_ELEMENTS", elements)
+        conv.zero_grad()
+        up.zero_grad()
+        results.append(values_and_gradients(lambda x: up(conv(x)), [x]))
+        results[-1] += [conv.weight.grad, conv.bias.grad, up.weight.grad]
+    for parts in results[:2]:
+        assert torch.equal(parts[0], results[2][0])
+        assert all(distance(a.float(), b.float()) < BF16_ROUNDING for a, b in zip(parts, results[2], strict=True))
+
+
 def test_linear(slow_bf16):
     linear = Linear(8, 12)
     torch.manual_seed(0)
