@@ -225,6 +225,11 @@ def _make_optimizer(network: nn.Module, cfg: Config, world: World) -> torch.opti
 
 
 def _make_cpu_adam(parameters: list[nn.Parameter], cfg: Config) -> torch.optim.Optimizer:
+    """DeepSpeed's Adam for masters in host memory; its C++ is compiled at first use.
+
+    It keeps powers of the betas by repeated multiplication, and computes them anew after a resume: with it, and
+    only with it, a resumed run can differ from an unbroken one in the last bits.
+    """
     t = cfg.train
     try:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -235,8 +240,9 @@ def _make_cpu_adam(parameters: list[nn.Parameter], cfg: Config) -> torch.optim.O
         )  # fmt: skip
     except Exception as error:  # its build raises what the compiler's absence or message makes it raise
         raise ConfigError(
-            f"zero.offload_optimizer: DeepSpeedCPUAdam can't be built on this node ({error}); install a C++ compiler "
-            "(g++) and ninja on every node, or set zero.offload_optimizer=false"
+            "zero.offload_optimizer: DeepSpeedCPUAdam can't be built on this node "
+            f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); install a C++ compiler (g++) and ninja on "
+            "every node, or set zero.offload_optimizer=false"
         ) from None
     return optimizer
 

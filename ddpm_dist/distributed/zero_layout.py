@@ -101,7 +101,12 @@ class _Flat:
         self._ds.optimizer.update_lp_params()
 
     def step(self, clip: float) -> float:
-        return _deepspeed_step(self._ds)
+        norm = _deepspeed_step(self._ds)
+        if not math.isfinite(norm):
+            # With CPU offload and bf16, DeepSpeed would go on adding to the spoilt sums, and never step again.
+            sums = getattr(self._ds.optimizer, "averaged_gradients", {})
+            sums.update(dict.fromkeys(sums))
+        return norm
 
 
 class _Partitioned:
