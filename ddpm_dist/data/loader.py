@@ -206,30 +206,21 @@ def flip(part: Part, seed: int) -> None:
 
 
 def in_background(make: Callable[[], Iterator[T]], depth: int) -> Iterator[T]:
-    """Runs an iterator in a thread, up to `depth` items ahead; its errors are raised here.
+    """Runs an iterator in a thread, up to `depth` items ahead, the one being made included.
 
-    Closing the generator ends the thread.
+    Its errors are raised here. Closing the generator ends the thread.
     """
-    items: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
+    items: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+    room = threading.Semaphore(depth)
     stop = threading.Event()
-
-    def put(item: tuple[T | None, BaseException | None]) -> bool:
-        while not stop.is_set():
-            try:
-                items.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
 
     def work() -> None:
         source = make()
         try:
-            for item in source:
-                if not put((item, None)):
-                    break
+            while room.acquire() and not stop.is_set():
+                items.put((next(source), None))
         except BaseException as error:
-            put((None, error))
+            items.put((None, error))
         finally:
             source.close()  # type: ignore[attr-defined]
 
@@ -238,9 +229,11 @@ def in_background(make: Callable[[], Iterator[T]], depth: int) -> Iterator[T]:
     try:
         while True:
             item, error = items.get()
+            room.release()
             if error is not None:
                 raise error
             yield item  # type: ignore[misc]
     finally:
         stop.set()
+        room.release()
         thread.join(CLOSE_S)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ddpm_dist.data.decode import BadSampleError, Pixels, decode, decode_into
 from ddpm_dist.data.fetch import LoadedExtent, Sample, ShardReader
-from ddpm_dist.data.index import load_index
+from ddpm_dist.data.index import NO_LABEL, load_index
 from ddpm_dist.data.order import Block, Extent, Order, share_of
 from ddpm_dist.errors import BadSamplesError
 
@@ -223,25 +223,27 @@ def iterate(
     Made for evaluation: a sample that can't be decoded is a BadSamplesError, since a measure over
     another set would be another measure.
     """
+    for sample in iterate_raw(url, part):
+        try:
+            image = decode(sample.image, image_size, channels)
+        except BadSampleError as error:
+            raise BadSamplesError(f"{url}: sample {sample.key} can't be decoded: {error}") from None
+        label = sample.label if sample.label != NO_LABEL else None
+        yield DecodedSample(sample.key, np.ascontiguousarray(image.transpose(2, 0, 1)), label)
+
+
+def iterate_raw(url: str, part: tuple[int, int] = (0, 1)) -> Iterator[Sample]:
+    """As `iterate`, not decoded."""
     index = load_index(url)
     reader = ShardReader(index)
-    first, last = share_of(part[0], part[1], index.num_samples)
+    position, last = share_of(part[0], part[1], index.num_samples)
     ends = np.cumsum(index.counts)
-    position = first
     while position < last:
         shard = int(np.searchsorted(ends, position, side="right"))
         info = index.shards[shard]
         start = position - int(ends[shard]) + info.samples
         at_once = max(1, ITERATE_BYTES * info.samples // info.bytes)
-        count = min(at_once, info.samples - start, last - position)
-        loaded = reader.load(Extent(shard, start, count))
-        for i in range(count):
-            sample = loaded[i]
-            try:
-                image = decode(sample.image, image_size, channels)
-            except BadSampleError as error:
-                raise BadSamplesError(f"{url}: {info.name}: sample {sample.key} can't be decoded: {error}") from None
-            yield DecodedSample(
-                sample.key, np.ascontiguousarray(image.transpose(2, 0, 1)), sample.label if sample.label >= 0 else None
-            )
-        position += count
+        loaded = reader.load(Extent(shard, start, min(at_once, info.samples - start, last - position)))
+        for i in range(len(loaded)):
+            yield loaded[i]
+        position += len(loaded)
