@@ -74,7 +74,7 @@ def decode_into(data: bytes, out: Pixels) -> None:
                 return
         except ValueError as error:
             raise BadSampleError("corrupt", str(error)) from None
-    out[:] = decode(data, size, channels)
+    out[...] = decode(data, size, channels)
 
 
 def describe(data: bytes) -> tuple[str, int, int]:

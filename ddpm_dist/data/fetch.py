@@ -10,8 +10,7 @@ import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -31,8 +30,7 @@ TABLES_KEPT_BYTES = 2**24
 REMEDY = "restore it, or leave it out with data.exclude_shards"
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(NamedTuple):
     """A sample as it lies in its shard, not yet decoded."""
 
     key: str
@@ -61,11 +59,9 @@ class LoadedExtent:
         return len(self._starts)
 
     def __getitem__(self, i: int) -> Sample:
+        key = self._keys[self._key_ends[i] : self._key_ends[i + 1]].decode()
         image = self._data[self._starts[i] : self._stops[i]]
-        return Sample(self.key(i), image, self._labels[i], self._first_id + i)
-
-    def key(self, i: int) -> str:
-        return self._keys[self._key_ends[i] : self._key_ends[i + 1]].decode()
+        return Sample(key, image, self._labels[i], self._first_id + i)
 
     def damaged(self) -> int | None:
         """The first sample whose bytes differ from their CRC-32."""
@@ -107,7 +103,7 @@ class ShardReader:
             data = self._read(shard, first, last - first)
             loaded = LoadedExtent(data, first, table, extent, first_id)
             damaged = loaded.damaged()
-            return loaded, None if damaged is None else f"sample {loaded.key(damaged)} differs from its checksum"
+            return loaded, None if damaged is None else f"sample {loaded[damaged].key} differs from its checksum"
 
         return self._until_right(shard.name, attempt)
 

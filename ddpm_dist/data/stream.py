@@ -39,16 +39,16 @@ class Part:
 
 
 class LoadedBlock:
-    """A block in memory: at i, its i-th dealt sample."""
+    """A block in memory."""
 
     def __init__(self, block: Block, extents: Sequence[LoadedExtent], dealt: Sequence[int], nbytes: int) -> None:
         self.block, self.nbytes = block, nbytes
         where = [(extent, i) for extent in extents for i in range(len(extent))]
         self._where = [where[i] for i in dealt]
 
-    def __getitem__(self, i: int) -> Sample:
-        extent, number = self._where[i]
-        return extent[number]
+    def dealt(self, first: int, last: int) -> list[Sample]:
+        """Its first-th to (last−1)-th dealt sample."""
+        return [extent[number] for extent, number in self._where[first:last]]
 
 
 class Window:
@@ -85,14 +85,18 @@ class Window:
         for name, loaded in list(self._current.items()):
             if loaded.block.last_step < step:
                 self._drop(name)
-        self._fetch_ahead(step)
+        self._fetch_until(step, step)
         for d, stream, low, high in self._runs:
             set_order = self._order.sets[d]
             epoch, t = divmod(step, set_order.steps_per_epoch)
             base = t * set_order.width(stream)
-            for position in range(base + low, base + high):
+            position, stop = base + low, base + high
+            while position < stop:
                 loaded = self._block((d, stream), epoch, position)
-                yield loaded[position - loaded.block.start]
+                end = min(stop, loaded.block.start + loaded.block.count)
+                yield from loaded.dealt(position - loaded.block.start, end - loaded.block.start)
+                position = end
+        self._fetch_until(step + self._ahead, step)  # last, so that nothing delays what is needed now
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -102,16 +106,15 @@ class Window:
         while current is None or current.block.epoch != epoch or position >= current.block.start + current.block.count:
             if current is not None:
                 self._drop(stream)
-            if not self._waiting[stream]:  # two blocks end in one step
-                self._fetch_ahead(self._next.first_step)
             current = self._current[stream] = self._waiting[stream].popleft()[1].result()
         return current
 
     def _drop(self, stream: tuple[int, int]) -> None:
         self._bytes -= self._current.pop(stream).nbytes
 
-    def _fetch_ahead(self, step: int) -> None:
-        while self._next.first_step <= step + self._ahead:
+    def _fetch_until(self, last_step: int, step: int) -> None:
+        """Asks for the blocks that are first needed up to `last_step`; those after `step` only within the budget."""
+        while self._next.first_step <= last_step:
             block = self._next
             extents = self._order.sets[block.set].extents(block)
             nbytes = sum(self._readers[block.set].bytes_of(extent) for extent in extents)
