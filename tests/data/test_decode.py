@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_dist.data.decode import BadSampleError, decode, decode_into, describe, encode_jpeg, encode_png, encode_raw, fit
+from ddpm_dist.data.decode import (
+    BadSampleError,
+    decode,
+    decode_into,
+    describe,
+    encode_jpeg,
+    encode_png,
+    encode_raw,
+    fit,
+)
 from tests.data.small_sets import random_images
 
 RGB = random_images(1, 24)[0]
