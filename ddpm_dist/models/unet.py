@@ -69,10 +69,12 @@ class UNet(nn.Module):
         h = self.conv_in(x.to(dtype))
         skips = [h]
         for level, down in enumerate(self.down_blocks):
-            h = down(h, temb, skips, level in self.checkpoint_levels)
+            h, *found = down(h, temb, level in self.checkpoint_levels)
+            skips += found
         h = self.mid_block(h, temb, config.levels - 1 in self.checkpoint_levels)
         for level, up in zip(reversed(range(config.levels)), self.up_blocks, strict=True):
-            h = up(h, temb, skips, level in self.checkpoint_levels)
+            taken = [skips.pop() for _ in range(config.layers_per_block + 1)]
+            h = up(h, temb, level in self.checkpoint_levels, *taken)
         return self.conv_out(self.conv_norm_out(h))
 
     def initialize(self, seed: int) -> "UNet":
@@ -128,15 +130,19 @@ class _DownLevel(_Level):
         super().__init__(resnets, attentions)
         self.downsamplers = None if downsampler is None else nn.ModuleList([downsampler])
 
-    def forward(self, h: Tensor, temb: Tensor, skips: list[Tensor], recompute: bool) -> Tensor:
-        """Appends each block's output, and the downsampled one, to `skips`."""
+    def forward(self, h: Tensor, temb: Tensor, recompute: bool) -> tuple[Tensor, ...]:
+        """What goes on, then the skips: each block's output, and the downsampled one.
+
+        Tensors that a module returns instead of adding them to a list are seen by ZeRO-3's hooks.
+        """
+        skips = []
         for j in range(len(self.resnets)):
             h = _run(self.block, j, temb, h, recompute=recompute)
             skips.append(h)
         if self.downsamplers is not None:
             h = _run(self.downsamplers[0], h, temb, recompute=recompute)
             skips.append(h)
-        return h
+        return h, *skips
 
 
 class _MidBlock(nn.Module):
@@ -164,10 +170,10 @@ class _UpLevel(_Level):
         super().__init__(resnets, attentions)
         self.upsamplers = None if upsampler is None else nn.ModuleList([upsampler])
 
-    def forward(self, h: Tensor, temb: Tensor, skips: list[Tensor], recompute: bool) -> Tensor:
-        """Takes one of `skips` for each block, the last first."""
-        for j in range(len(self.resnets)):
-            h = _run(self.block, j, temb, h, skips.pop(), recompute=recompute)
+    def forward(self, h: Tensor, temb: Tensor, recompute: bool, *skips: Tensor) -> Tensor:
+        """skips: one for each block, in their order, the last that was made first."""
+        for j, skip in enumerate(skips):
+            h = _run(self.block, j, temb, h, skip, recompute=recompute)
         return h if self.upsamplers is None else _run(self.upsamplers[0], h, temb, recompute=recompute)
 
 
