@@ -1,12 +1,15 @@
 """The engine against a plain PyTorch loop, and what it assumes of DeepSpeed."""
 
 import copy
+import shutil
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from ddpm_dist.distributed.engine import Engine, check
 from ddpm_dist.distributed.pieces import Ownership
 from ddpm_dist.distributed.world import World
 from ddpm_dist.errors import ConfigError
@@ -272,9 +275,75 @@ def adamw_step(world: World) -> dict[str, Tensor]:
     return group.whole(world, engine)
 
 
-def test_impossible_combinations_are_refused_by_name() -> None:
-    from ddpm_dist.distributed.engine import check
+def unet_norms(world: World, stage: int, precision: str, **model: Any) -> list[float]:
+    """Gradient norms of three steps of the real network."""
+    from ddpm_dist.snapshot import build
 
+    model = {"channel_mult": [1, 2], "attention_resolutions": [4], "num_res_blocks": 1, "dropout": 0.1, **model}
+    cfg = group.config(stage=stage, precision=precision, model=model)
+    engine = Engine(build(cfg)[0].checkpoint(cfg.model.checkpoint_levels), cfg, world, group.BATCH // world.size, 1)
+    norms = []
+    for step in range(3):
+        torch.manual_seed(step)
+        group.backward(engine, step)
+        norms.append(engine.step(LR).grad_norm)
+    return norms
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_unet_trains_alike_at_every_stage(precision: str) -> None:
+    """Its modules pass tensors that DeepSpeed's hooks can follow: stage 3 gathers weights around each of them."""
+    stages = [stage for stage, p in MODES if p == precision]
+    found = {stage: group.run_ranks(unet_norms, 1, stage, precision)[0] for stage in stages}
+    found["recomputed"] = group.run_ranks(partial(unet_norms, checkpoint_levels=[0, 1]), 1, 3, precision)[0]
+    for stage, norms in found.items():
+        assert norms == pytest.approx(found[1], rel=1e-5 if precision == "fp32" else 1e-2), stage
+
+
+@pytest.mark.full
+@pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeedCPUAdam is C++, and there is no g++")
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("stage", "precision"), MODES[1:])
+def test_moments_on_the_host_give_the_same_steps(stage: int, precision: str) -> None:
+    with_offload, without = group.run_ranks(offloaded, 1, stage, precision, timeout_s=800)[0]
+    assert [report.applied for report in with_offload[0]] == [True, False, True, True]
+    assert distance(with_offload[1], without[1]) < 1e-5
+
+
+def offloaded(world: World, stage: int, precision: str) -> list[Any]:
+    """Four steps of two micro-batches, the second poisoned: (reports, weights), with offload and without."""
+    found = []
+    for offload in (True, False):
+        zero = {"offload_optimizer": offload}
+        engine = group.build(world, group.config(stage=stage, precision=precision, zero=zero), 2)
+        reports = []
+        for step in range(4):
+            group.backward(engine, step, float("nan") if step == 1 else 1.0)
+            reports.append(engine.step(LR))
+        found.append((reports, group.whole(world, engine)))
+    return found
+
+
+@pytest.mark.full
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (3, "fp32")])
+def test_a_compiled_forward_gives_the_same_steps(stage: int, precision: str) -> None:
+    plain = group.run_ranks(compiled_norms, 1, stage, precision, False)[0]
+    compiled = group.run_ranks(compiled_norms, 1, stage, precision, True, timeout_s=800)[0]
+    assert compiled == pytest.approx(plain, rel=1e-5 if precision == "fp32" else 1e-2)
+
+
+def compiled_norms(world: World, stage: int, precision: str, compiled: bool) -> list[float]:
+    engine = group.build(world, group.config(stage=stage, precision=precision, model={"compile": compiled}))
+    norms = []
+    for step in range(3):
+        group.backward(engine, step)
+        norms.append(engine.step(LR).grad_norm)
+    return norms
+
+
+def test_impossible_combinations_are_refused_by_name() -> None:
     cpu = World(0, 1, 0, torch.device("cpu"), "gloo")
     cfg = group.config(stage=1)
     with pytest.raises(ConfigError, match=r"precision: fp16 needs CUDA.*bf16"):
