@@ -1,6 +1,8 @@
 """The state store of one process: what was acknowledged is found again, what is damaged or void is not used."""
 
 import logging
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from ddpm_dist.distributed.state_writer import StateWriter
 from ddpm_dist.distributed.world import World
 from ddpm_dist.errors import ClaimError, DamagedStateError, StateError, StorageError, UnreachableError
 from tests.distributed.worker_group import config
+from tools.s3_server import S3Server
 
 ALONE = World(0, 1, 0, torch.device("cpu"), "gloo")
 SHAPES = {"a.weight": torch.Size([5, 7]), "a.bias": torch.Size([11]), "b.weight": torch.Size([3, 4, 5])}
@@ -128,8 +131,6 @@ def test_a_new_run_has_no_state_and_a_saved_one_comes_back(cfg: Config) -> None:
 
 
 def test_saving_takes_a_copy_and_returns(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    import threading
-
     gate = threading.Event()
     publish = storage.publish
     monkeypatch.setattr(storage, "publish", lambda *a: (gate.wait(10), publish(*a))[1])
@@ -412,3 +413,18 @@ def test_on_a_real_s3_server(bucket_url: str) -> None:
     assert valid == [fmt.StateId(30, 1), fmt.StateId(20, 1)]
     folders = {path.split("/")[0] for path in storage.list_objects(store.url)}
     assert sorted(folders) == ["000000020-0001", "000000030-0001", "owner"]
+
+
+def test_an_outage_of_the_server_during_a_save_only_delays_it(s3_server: S3Server, bucket_url: str) -> None:
+    cfg = config(f"{bucket_url}/run")
+    store, _ = attempt(cfg)
+    save(store, 10)
+    s3_server.kill()
+    store.save(20, Fake(20), Fake(20), {"step": 20})  # returns at once, while nobody answers
+    time.sleep(2.0)
+    s3_server.restart()
+    store.finish()
+    assert store.failed_saves == 0
+    step, fake = resume(cfg)
+    assert step == 20
+    assert_is(fake, 20)
