@@ -39,10 +39,14 @@ FORMAT = 1
 
 
 def build(cfg: Config) -> tuple[UNet, GaussianDiffusion]:
-    """The untrained network of a recipe, drawn from run.seed, and its diffusion process."""
+    """The untrained network of a recipe, drawn from run.seed, and its diffusion process.
+
+    model.channels_last and model.compile are left to the engine, as they are about how the network is called.
+    """
     learned = cfg.diffusion.variance in ("learned", "learned_range")
     config = UNetConfig.from_recipe(cfg.model, cfg.data.image_size, cfg.data.channels, learned)
-    return UNet(config).initialize(cfg.run.seed), GaussianDiffusion.from_config(cfg.diffusion)
+    unet = UNet(config).checkpoint(cfg.model.checkpoint_levels).initialize(cfg.run.seed)
+    return unet, GaussianDiffusion.from_config(cfg.diffusion)
 
 
 def save_snapshot(

@@ -314,5 +314,6 @@ def test_build_follows_the_recipe():
     other, _ = snapshot.build(parse_config(text, ["run.seed=6"]))
     assert (unet.config.in_channels, unet.config.out_channels) == (1, 2)
     assert (diffusion.timesteps, diffusion.variance) == (100, "learned_range")
+    assert snapshot.build(parse_config(text, ["model.checkpoint_levels=[1]"]))[0].checkpoint_levels == {1}
     assert torch.equal(unet.conv_in.weight, same.conv_in.weight)
     assert not torch.equal(unet.conv_in.weight, other.conv_in.weight)

@@ -1,7 +1,7 @@
 """The CIFAR-10 network, ours beside diffusers': speed of a training step and of inference, memory, share of the peak.
 
     python tools/bench_model.py                        # both precisions, all cores, batch 16
-    python tools/bench_model.py --precision bf16 --batch 8 --threads 1 --rounds 9
+    python tools/bench_model.py --threads 1 --cpu-time           # beside others on the same machine
 
 Same weights, batch, threads and handling of precision on both sides (bf16: bf16 weights and activations, float32
 masters, as under DeepSpeed). They take turns in one process, so that what else the machine does hits both; ratios
@@ -39,12 +39,17 @@ from torch import Tensor, nn
 
 from ddpm_dist import cli
 from ddpm_dist.config import ModelConfig
-from ddpm_dist.models.arithmetic import bf16_products_are_slow
+from ddpm_dist.errors import ConfigError
+from ddpm_dist.models.arithmetic import SLOW_BF16
 from ddpm_dist.models.unet import UNet, UNetConfig
 
 LR, DECAY, CLIP = 2e-4, 0.9999, 1.0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WARM_UP = 2
+
+
+Clock = Callable[[], float]
+"""Seconds, of the clock on the wall or of the processor's time for this process."""
 
 
 class Batch(NamedTuple):
@@ -149,21 +154,21 @@ def make_batch(size: int, dtype: torch.dtype) -> Batch:
     return Batch(x.to(dtype), torch.randint(1000, (size,), generator=generator), eps)
 
 
-def train_step(side: Side, batch: Batch) -> tuple[float, float]:
+def train_step(side: Side, batch: Batch, clock: Clock) -> tuple[float, float]:
     """Seconds of (forward, loss and backward; the whole step)."""
-    start = time.perf_counter()
+    start = clock()
     F.mse_loss(side.forward(batch).float(), batch.eps).backward()
-    middle = time.perf_counter()
+    middle = clock()
     side.update()
-    return middle - start, time.perf_counter() - start
+    return middle - start, clock() - start
 
 
 @torch.no_grad()
-def inference_step(side: Side, batch: Batch) -> float:
+def inference_step(side: Side, batch: Batch, clock: Clock) -> float:
     """Seconds of a forward pass."""
-    start = time.perf_counter()
+    start = clock()
     side.forward(batch)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def alternate(measure: Callable[[str], Any], rounds: int) -> dict[str, list[Any]]:
@@ -195,15 +200,17 @@ def conv_shapes() -> Counter[ConvShape]:
     for module in side.network.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(record)
-    inference_step(side, make_batch(1, torch.float32))
+    inference_step(side, make_batch(1, torch.float32), time.perf_counter)
     return shapes
 
 
-def conv_seconds(shapes: Counter[ConvShape], dtype: torch.dtype, batch: int, rounds: int) -> tuple[float, float]:
+def conv_seconds(
+    shapes: Counter[ConvShape], dtype: torch.dtype, batch: int, rounds: int, clock: Clock
+) -> tuple[float, float]:
     """Seconds of all the network's convolutions alone, each at its best: (forward, forward and backward)."""
     forward = backward = 0.0
     for shape, count in shapes.items():
-        layouts = [_conv_times(shape, dtype, batch, layout, rounds) for layout in LAYOUTS]
+        layouts = [_conv_times(shape, dtype, batch, layout, rounds, clock) for layout in LAYOUTS]
         forward += count * min(layout[0] for layout in layouts)
         backward += count * min(sum(layout) for layout in layouts)
     return forward, backward
@@ -213,7 +220,7 @@ LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
 
 def _conv_times(
-    shape: ConvShape, dtype: torch.dtype, batch: int, layout: torch.memory_format, rounds: int
+    shape: ConvShape, dtype: torch.dtype, batch: int, layout: torch.memory_format, rounds: int, clock: Clock
 ) -> tuple[float, float]:
     x = torch.randn(batch, shape.inputs, shape.size, shape.size).to(dtype).to(memory_format=layout)
     weight = torch.randn(shape.outputs, shape.inputs, shape.kernel, shape.kernel).to(dtype).to(memory_format=layout)
@@ -230,15 +237,15 @@ def _conv_times(
             gradient, x, weight, [shape.outputs], stride, padding, [1, 1], False, [0, 0], 1, needed
         )
 
-    return _best(forward, rounds), _best(backward, rounds)
+    return _best(forward, rounds, clock), _best(backward, rounds, clock)
 
 
-def _best(action: Callable[[], None], rounds: int) -> float:
+def _best(action: Callable[[], None], rounds: int, clock: Clock) -> float:
     seconds = []
     for _ in range(rounds):
-        start = time.perf_counter()
+        start = clock()
         action()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     return min(seconds)
 
 
@@ -255,7 +262,7 @@ def measure_memory(side_name: str, dtype: torch.dtype, batch: int) -> int:
     side, data = SIDES[side_name](dtype), make_batch(batch, dtype)
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of imports and initialisation
     for _ in range(3):
-        train_step(side, data)
+        train_step(side, data, time.perf_counter)
     return _status_bytes("VmHWM") - before
 
 
@@ -264,12 +271,12 @@ def _status_bytes(key: str) -> int:
     return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
 
 
-def timings(dtype: torch.dtype, batch_size: int, rounds: int) -> tuple[dict[str, list[float]], ...]:
+def timings(dtype: torch.dtype, batch_size: int, rounds: int, clock: Clock) -> tuple[dict[str, list[float]], ...]:
     """Seconds per round of each side: inference; forward, loss and backward; the whole training step."""
     sides = {name: make(dtype) for name, make in SIDES.items()}
     batch = make_batch(batch_size, dtype)
-    inference = alternate(lambda name: inference_step(sides[name], batch), rounds)
-    training = alternate(lambda name: train_step(sides[name], batch), rounds)
+    inference = alternate(lambda name: inference_step(sides[name], batch, clock), rounds)
+    training = alternate(lambda name: train_step(sides[name], batch, clock), rounds)
     network, whole = ({name: [pair[k] for pair in pairs] for name, pairs in training.items()} for k in range(2))
     return inference, network, whole
 
@@ -277,8 +284,9 @@ def timings(dtype: torch.dtype, batch_size: int, rounds: int) -> tuple[dict[str,
 def measure(precision: str, args: argparse.Namespace, shapes: Counter[ConvShape]) -> dict[str, float]:
     """All figures of one precision, printed as a table."""
     dtype = DTYPES[precision]
-    inference, network, training = timings(dtype, args.batch, args.rounds)
-    conv_forward, conv_both = conv_seconds(shapes, dtype, args.batch, args.rounds)
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    inference, network, training = timings(dtype, args.batch, args.rounds, clock)
+    conv_forward, conv_both = conv_seconds(shapes, dtype, args.batch, args.rounds, clock)
     memory = {name: peak_bytes(name, precision, args) for name in SIDES}
 
     gflop = sum(count * shape.flops(args.batch) for shape, count in shapes.items()) / 1e9
@@ -311,14 +319,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=16, help="images in a step")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count this process's processor seconds: where others work as well"
+    )
     parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.cpu_time and args.threads != 1:
+        raise ConfigError(f"--threads: {args.threads} with --cpu-time, which would add up the threads' waiting; use 1")
     torch.set_num_threads(args.threads)
     if args.memory_of:
         print(measure_memory(args.memory_of, DTYPES[args.precision[0]], args.batch))
         return
     print(f"{platform.processor() or platform.machine()}, {args.threads} threads, batch {args.batch}, "
-          f"{args.rounds} rounds; bf16 products are {'slow' if bf16_products_are_slow() else 'fast'} here")  # fmt: skip
+          f"{args.rounds} rounds; bf16 products are {'slow' if SLOW_BF16 else 'fast'} here")  # fmt: skip
     shapes = conv_shapes()
     result: dict[str, Any] = {"batch": args.batch, "threads": args.threads}
     for precision in args.precision:

@@ -9,7 +9,6 @@ Which way is taken depends on the kind of processor alone, never on a measuremen
 """
 
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +20,33 @@ WIDE_ELEMENTS = 2**20
 """Elements that are widened at once, 4 MB in float32: all of a batch at 8², four images of 128 channels at 32²."""
 
 
-@cache
-def bf16_products_are_slow() -> bool:
-    """Whether this machine's bfloat16 dot products are slower than its float32 ones.
+def bf16_products_are_slow(cpuinfo: str) -> bool:
+    """Whether a processor's bfloat16 dot products are slower than its float32 ones; `cpuinfo` is /proc/cpuinfo.
 
     True on x86 without bfloat16 instructions, and on Intel's with AVX512_BF16 but without AMX (2 cycles an
-    instruction, 32 products each, where float32 does 2 x 16 a cycle); AMD's take 1 cycle.
+    instruction of 32 products, where float32 does 2 of 16 a cycle); AMD's take 1 cycle.
     """
-    try:
-        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
-    except OSError:
-        return False
+    lines = cpuinfo.partition("\n\n")[0].splitlines()
     facts = {key.strip(): value for key, _, value in (line.partition(":") for line in lines)}
     flags = facts.get("flags", "").split()
     fast = "amx_bf16" in flags or ("avx512_bf16" in flags and "AMD" in facts.get("vendor_id", ""))
     return "avx2" in flags and not fast
 
 
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return ""
+
+
+SLOW_BF16 = bf16_products_are_slow(_cpuinfo())
+"""Of this machine."""
+
+
 def widens(x: Tensor) -> bool:
     """Whether products of this tensor are computed in float32 although it is bfloat16."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and bf16_products_are_slow()
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and SLOW_BF16
 
 
 class Conv2d(nn.Conv2d):
@@ -86,15 +92,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _WideAttention.apply(q, k, v) if widens(q) else F.scaled_dot_product_attention(q, k, v)
 
 
-@cache
 def _spread(device: torch.device) -> Tensor:
     """[9, 16]: which of the 4×4 weights of the transposed convolution each of the 3×3 is added to.
 
     The weight a of a row meets, at output pixel p, the input pixel (p + a - 1) // 2; a transposed convolution with
     padding 1 brings the input pixel i to p = 2i + u - 1 by its weight u. So a adds to u = 2 - a and u = 3 - a.
     """
-    row = torch.tensor([[0.0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])
-    return torch.kron(row, row).to(device)
+    weights = torch.eye(3, device=device).flip(0)
+    row = F.pad(weights, (0, 1)) + F.pad(weights, (1, 0))
+    return torch.kron(row, row)
 
 
 class _WideConvolution(torch.autograd.Function):

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ddpm_dist import rng
-from ddpm_dist.config import ModelConfig
 from ddpm_dist.errors import ConfigError
 from ddpm_dist.models.arithmetic import Conv2d
 from ddpm_dist.models.config import UNetConfig as UNetConfig
@@ -76,6 +75,19 @@ class UNet(nn.Module):
             taken = [skips.pop() for _ in range(config.layers_per_block + 1)]
             h = up(h, temb, level in self.checkpoint_levels, *taken)
         return self.conv_out(self.conv_norm_out(h))
+
+    def checkpoint(self, levels: Iterable[int]) -> "UNet":
+        """Has the activations of these levels recomputed in the backward pass; returns itself.
+
+        Level 0 is the full resolution, the last one includes the middle. What is computed stays the same.
+        """
+        beyond = sorted(set(levels) - set(range(self.config.levels)))
+        if beyond:
+            raise ConfigError(
+                f"model.checkpoint_levels: {beyond[0]} is not among the levels 0..{self.config.levels - 1}"
+            )
+        self.checkpoint_levels = frozenset(levels)
+        return self
 
     def initialize(self, seed: int) -> "UNet":
         """Draws all weights anew from the seed, the paper's code's way; returns itself.
@@ -224,18 +236,3 @@ def _attentions(config: UNetConfig, kind: str, channels: int, count: int) -> lis
     if not kind.startswith("Attn"):
         return None
     return [_attention(config, channels, config.norm_num_groups) for _ in range(count)]
-
-
-def prepare(unet: UNet, model: ModelConfig) -> Callable[..., Tensor]:
-    """Applies what changes how the network runs, but not what it computes; returns what to call in its place.
-
-    Activation checkpointing by level and channels_last are set on the network itself (idempotent);
-    with `model.compile` the returned callable is its compiled forward, otherwise it is the network.
-    """
-    beyond = [level for level in model.checkpoint_levels if level >= unet.config.levels]
-    if beyond:
-        raise ConfigError(f"model.checkpoint_levels: {beyond[0]} is not among the levels 0..{unet.config.levels - 1}")
-    unet.checkpoint_levels = frozenset(model.checkpoint_levels)
-    layout = torch.channels_last if model.channels_last else torch.contiguous_format
-    unet.to(memory_format=layout)  # type: ignore[call-overload]
-    return cast(Callable[..., Tensor], torch.compile(unet)) if model.compile else unet
