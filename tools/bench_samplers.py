@@ -1,6 +1,6 @@
 """Quality against number of network evaluations: every sampler and spacing on one trained snapshot.
 
-    python tools/bench_samplers.py --train --work out/samplers          # the digits recipe, then all samplers
+    python tools/bench_samplers.py --train digits --work out/samplers      # then all samplers, with all spacings
     python tools/bench_samplers.py --snapshot URL --data URL --work out/samplers
     python tools/bench_samplers.py … --samplers unipc,dpmpp_2m --spacings log_snr,uniform --evaluations 8,12,16,25
 
@@ -46,6 +46,8 @@ from ddpm_dist.errors import ConfigError  # noqa: E402
 from ddpm_dist.recipe import load_config  # noqa: E402
 from tools.bench_quality import Judge  # noqa: E402
 
+RECIPES = {"digits": "digits", "digits-eps": "digits", "fashion-mnist": "fashion-mnist"}
+"""What can be trained, and the data set that it takes."""
 UNIT = 256
 STOCHASTIC = ("ddpm", "dpmpp_2m_sde")
 LIMIT_STEPS = 100
@@ -108,7 +110,7 @@ class Bench:
         try:
             with np.load(path) as kept:
                 return torch.from_numpy(kept["images"]), int(kept["evaluations"])
-        except (OSError, zipfile.BadZipFile):
+        except (OSError, EOFError, zipfile.BadZipFile):
             pass  # not drawn yet, or by a run that was killed
         calls = 0
 
@@ -262,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     args.work.mkdir(parents=True, exist_ok=True)
     if args.train:
-        args.snapshot, args.data = train(args.work)
+        args.snapshot, args.data = train(args.train, args.override, args.work)
     bench = Bench(args.snapshot, args.data, args.work, args.images)
     print(f"{bench.count} images a set; floor between halves of the data: {bench.floor}", flush=True)
     rows = []
@@ -300,17 +302,17 @@ def summary(bench: Bench, ends: Sequence[Row], rows: Sequence[Row]) -> dict[str,
     }
 
 
-def train(work: Path) -> tuple[str, str]:
-    """Snapshot and data of the digits recipe, trained in the work folder by one process unless it is there."""
-    recipe, data_url, run_url = ROOT / "configs/digits.yaml", f"{work.as_uri()}/data", f"{work.as_uri()}/run"
-    steps = load_config(recipe, [f"run.url={run_url}", f"data.url={data_url}"]).train.steps
+def train(name: str, overrides: Sequence[str], work: Path) -> tuple[str, str]:
+    """Snapshot and data of a recipe, trained in the work folder by one process unless it is there."""
+    recipe, data_url, run_url = ROOT / f"configs/{name}.yaml", f"{work.as_uri()}/data", f"{work.as_uri()}/run"
+    overrides = [f"run.url={run_url}", f"data.url={data_url}", *overrides]
+    steps = load_config(recipe, overrides).train.steps
     url = f"{run_url}/snapshots/{steps:09d}"
     if not storage.exists(f"{url}/model_index.json"):
-        _run("tools/make_shards.py", "digits", data_url)
-        _run(
-            "launch/train_deepspeed.py", "--config", str(recipe), f"run.url={run_url}", f"data.url={data_url}",
-            "cluster.workers=1", "precision=fp32", "logging.grid_images=0",
-        )  # fmt: skip
+        _run("tools/make_shards.py", RECIPES[name], data_url)
+        overrides += ["cluster.workers=1", "precision=fp32", "logging.grid_images=0"]
+        overrides += [f"checkpoint.snapshot_every_steps={steps}", f"checkpoint.every_steps={steps}"]
+        _run("launch/train_deepspeed.py", "--config", str(recipe), *overrides)
     return url, data_url
 
 
@@ -324,7 +326,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--snapshot", metavar="URL", help="of an unconditional network")
     parser.add_argument("--data", metavar="URL", help="the data set that it was trained on")
-    parser.add_argument("--train", action="store_true", help="train the digits recipe in the work folder instead")
+    parser.add_argument("--train", choices=RECIPES, help="a recipe to train in the work folder instead")
     parser.add_argument("--work", type=lambda path: Path(path).resolve(), required=True, help="keeps drawn images")
     parser.add_argument("--images", type=int, help="in a set; as many as the data set has, if not given")
     parser.add_argument("--samplers", type=_names(SAMPLERS), default=list(SAMPLERS))
@@ -332,8 +334,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--evaluations", type=_numbers, default=[10, 15, 20, 25, 50])
     parser.add_argument("--seeds", type=_numbers, default=[0], help="such as 0,1,2")
     parser.add_argument("--clip", choices=("none", "static", "dynamic"), default="static")
+    parser.add_argument("override", nargs="*", metavar="section.key=value", help="for --train")
     args = parser.parse_args(argv)
-    if args.train == bool(args.snapshot and args.data):
+    if bool(args.train) == bool(args.snapshot and args.data):
         parser.error("give --snapshot and --data, or --train")
     return args
 
