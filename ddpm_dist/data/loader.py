@@ -2,12 +2,9 @@
 
 import hashlib
 import logging
-import queue
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +13,7 @@ from torch import Tensor
 from ddpm_dist import rng
 from ddpm_dist.config import Config
 from ddpm_dist.data.cache import DiskCache
+from ddpm_dist.data.daemons import in_background
 from ddpm_dist.data.fetch import ShardReader
 from ddpm_dist.data.index import DataIndex, load_index
 from ddpm_dist.data.order import Order, share_of
@@ -23,15 +21,12 @@ from ddpm_dist.data.stream import Part, parts
 from ddpm_dist.data.workers import worker_parts
 from ddpm_dist.errors import BadSamplesError, ConfigError
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 BATCHES_AHEAD = 4
 """Most finished batches that wait for the training loop."""
 BYTES_AHEAD = 2**25
 """Most bytes of them; one batch may always wait."""
-CLOSE_S = 5.0
-"""Longest wait, at the end, for a read from a store that doesn't answer; the thread is a daemon."""
 
 
 @dataclass(frozen=True)
@@ -203,37 +198,3 @@ def flip(part: Part, seed: int) -> None:
         draw = rng.uniform(seed, rng.Purpose.FLIP, torch.from_numpy(part.ids[here]), step=int(epoch)).numpy()
         mirrored = here[draw < 0.5]
         part.images[mirrored] = part.images[mirrored][:, :, ::-1]
-
-
-def in_background(make: Callable[[], Iterator[T]], depth: int) -> Iterator[T]:
-    """Runs an iterator in a thread, up to `depth` items ahead, the one being made included.
-
-    Its errors are raised here. Closing the generator ends the thread.
-    """
-    items: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
-    room = threading.Semaphore(depth)
-    stop = threading.Event()
-
-    def work() -> None:
-        source = make()
-        try:
-            while room.acquire() and not stop.is_set():
-                items.put((next(source), None))
-        except BaseException as error:
-            items.put((None, error))
-        finally:
-            source.close()  # type: ignore[attr-defined]
-
-    thread = threading.Thread(target=work, name="data-batches", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = items.get()
-            room.release()
-            if error is not None:
-                raise error
-            yield item  # type: ignore[misc]
-    finally:
-        stop.set()
-        room.release()
-        thread.join(CLOSE_S)

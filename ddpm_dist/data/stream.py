@@ -3,12 +3,13 @@
 import logging
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ddpm_dist.data.daemons import DaemonPool
 from ddpm_dist.data.decode import BadSampleError, Pixels, decode, decode_into
 from ddpm_dist.data.fetch import LoadedExtent, Sample, ShardReader
 from ddpm_dist.data.index import NO_LABEL, load_index
@@ -78,7 +79,7 @@ class Window:
         }
         self._current: dict[tuple[int, int], LoadedBlock] = {}
         self._bytes = 0
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="data-fetch")
+        self._pool = DaemonPool(threads, "data-fetch")
 
     def samples(self, step: int) -> Iterator[Sample]:
         """The samples of the places at a step, in the order of the places; steps only rise."""
@@ -99,7 +100,7 @@ class Window:
         self._fetch_until(step + self._ahead, step)  # last, so that nothing delays what is needed now
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.close()
 
     def _block(self, stream: tuple[int, int], epoch: int, position: int) -> LoadedBlock:
         current = self._current.get(stream)

@@ -149,8 +149,7 @@ def test_blocks_in_memory_stay_within_the_budget(tmp_path: Path, monkeypatch: py
 
     url = f"file://{tmp_path}"
     write_set(url, [100] * 16, extension="npy")
-    cfg = config(url, shuffle_block=64, buffer_bytes=3_600_000)
-    held = []
+    held: list[int] = []
     original = stream.Window.samples
 
     def watched(window, step):  # type: ignore[no-untyped-def]
@@ -159,11 +158,17 @@ def test_blocks_in_memory_stay_within_the_budget(tmp_path: Path, monkeypatch: py
         return iter(found)
 
     monkeypatch.setattr(stream.Window, "samples", watched)
-    loader = Loader(cfg, 0, 1)
-    for _ in itertools.islice(loader.batches(0), 150):
-        pass
-    loader.close()
-    assert 0 < max(held) <= cfg.data.buffer_bytes
+
+    def most_held(budget: int) -> int:
+        held.clear()
+        loader = Loader(config(url, shuffle_block=64, buffer_bytes=budget), 0, 1)
+        for _ in itertools.islice(loader.batches(0), 150):
+            pass
+        loader.close()
+        return max(held)
+
+    free = most_held(2**30)
+    assert 3_450_000 < most_held(3_500_000) <= 3_500_000 < free
 
 
 def test_iterate_gives_every_sample_once_in_order(bucket_url: str) -> None:

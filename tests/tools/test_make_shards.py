@@ -20,6 +20,7 @@ from ddpm_dist.data.index import load_index
 from ddpm_dist.data.stream import iterate
 from ddpm_dist.errors import ConfigError, DataError
 from tests.data.small_sets import random_images
+from tests.ray_local import RayCluster
 from tools import make_shards
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -185,3 +186,17 @@ def test_processes_make_the_same_bytes(tmp_path: Path, images: np.ndarray) -> No
     for workers in (1, 2):
         make("npz", tmp_path / "in.npz", f"file://{tmp_path}/{workers}", "--shard-samples", 20, "--workers", workers)
     assert tree(tmp_path / "1") == tree(tmp_path / "2")
+
+
+@pytest.mark.full
+def test_a_ray_job_makes_the_same_bytes(
+    tmp_path: Path, images: np.ndarray, ray_cluster: RayCluster, bucket_url: str
+) -> None:
+    """Over the workers of a cluster, to the bucket."""
+    arguments = ["folder", tmp_path / "files", "--shard-samples", 7]
+    make(*arguments, f"{bucket_url}/alone")
+    make(*arguments, "--ray", 2, f"{bucket_url}/ray")
+    alone, ray = (storage.list_objects(f"{bucket_url}/{name}") for name in ("alone", "ray"))
+    assert alone == ray
+    for name in alone:
+        assert storage.read(f"{bucket_url}/alone/{name}") == storage.read(f"{bucket_url}/ray/{name}")
