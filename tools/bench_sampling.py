@@ -29,6 +29,7 @@ from typing import Any
 
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[_name] = "1"  # before torch is imported, here and in every process started from here
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - the 15 that Ray gives would compare unequals on a busy machine
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = str(ROOT)
@@ -37,7 +38,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from ddpm_dist import snapshot, storage  # noqa: E402
-from ddpm_dist.config import ClusterConfig, SamplingConfig  # noqa: E402
+from ddpm_dist.config import ClusterConfig, Precision, SamplingConfig  # noqa: E402
 from ddpm_dist.data import decode  # noqa: E402
 from ddpm_dist.data.stream import iterate  # noqa: E402
 from ddpm_dist.data.writer import EncodedSample, write_index, write_shard  # noqa: E402
@@ -66,14 +67,14 @@ class Bench:
         info = {"kind": "ema", "step": 1, "config": dump_config(cfg)}
         snapshot.save_snapshot(self.snapshot, network, network.config, diffusion, info)
 
-    def settings(self, precision: str) -> SamplingConfig:
+    def settings(self, precision: Precision) -> SamplingConfig:
         batch, images = self.args.batch, self.args.images
         unit = max(batch, images // 16 // batch * batch)  # the last units decide how evenly two workers end
         return SamplingConfig(
             sampler="ddim", steps=self.args.steps, batch_size=batch, unit_size=unit, precision=precision
-        )  # type: ignore[arg-type]
+        )
 
-    def job(self, pool: ActorPool, images: int, precision: str) -> float:
+    def job(self, pool: ActorPool, images: int, precision: Precision) -> float:
         """Images/s of a whole job on workers that are there."""
         self._runs += 1
         order = job.Order(self.snapshot, f"{self.folder}/out{self._runs}", images, sampling=self.settings(precision))
@@ -84,7 +85,8 @@ def main() -> None:
     args = _arguments()
     folder = Path(tempfile.mkdtemp(prefix="ddpm-bench-sampling-"))
     try:
-        bench, ratios = Bench(args, folder), {}
+        bench = Bench(args, folder)
+        ratios: dict[str, float] = {}
         for part in args.parts.split(","):
             ratios |= PARTS[part](bench)
     finally:

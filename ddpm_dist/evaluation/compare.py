@@ -15,6 +15,7 @@ from ddpm_dist.data.stream import iterate
 from ddpm_dist.distributed.ray_pool import ActorPool, Failed
 from ddpm_dist.errors import EvaluationError
 from ddpm_dist.evaluation import statistics
+from ddpm_dist.evaluation.distances import frechet
 from ddpm_dist.evaluation.features import FeatureNetwork, open_network
 from ddpm_dist.evaluation.metrics import Reference
 from ddpm_dist.evaluation.moments import Summary
@@ -25,7 +26,7 @@ from ddpm_dist.sampling.plan import Manifest
 from ddpm_dist.sampling.progress import Progress
 
 EVERYTHING = 2**62
-PART_IMAGES = 512
+PART_IMAGES = 128
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class Comparison:
         if missing:
             made = self.summaries(data.url, data.num_samples, halves=True, only=missing)
             for name, summary in made.items():
+                if min(part.count for part in summary.parts) > 1:
+                    summary.floor = frechet(*summary.parts)
                 statistics.save(urls[name], summary)
             found |= made
         return found

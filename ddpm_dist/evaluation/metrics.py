@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ddpm_dist.errors import EvaluationError
 from ddpm_dist.evaluation import distances
-from ddpm_dist.evaluation.distances import Gaussian
 from ddpm_dist.evaluation.features import FeatureNetwork
 from ddpm_dist.evaluation.moments import Summary
 
@@ -81,7 +80,7 @@ def _frechet(network: FeatureNetwork, samples: Summary, reference: Reference) ->
     if isinstance(reference, Given):
         return {name: distances.frechet(samples.moments, _fitting(reference, network))}
     values = {name: distances.frechet(samples.moments, reference.moments)}
-    return values | _floor(name, reference, lambda a, b: distances.frechet(a, b))
+    return values if reference.floor is None else {**values, f"{name}_floor": reference.floor}
 
 
 def _sfid(network: FeatureNetwork, samples: Summary, reference: Reference) -> Values:
@@ -120,13 +119,6 @@ def _prdc(network: FeatureNetwork, samples: Summary, reference: Reference) -> Va
         floors = distances.prdc(real[:half], real[half:])
         values |= {f"{name}_{network.name}_floor": value for name, value in floors.items()}
     return values
-
-
-def _floor(name: str, reference: Summary, distance: Callable[[Gaussian, Gaussian], float]) -> Values:
-    first, second = reference.parts
-    if min(first.count, second.count) < 2:
-        return {}
-    return {f"{name}_floor": distance(first, second)}
 
 
 def _images_of(reference: Reference, kind: str, network: FeatureNetwork) -> Summary:

@@ -139,6 +139,8 @@ class Summary:
     score: ScoreSums | None = None
     spatial: Moments | None = None
     """Of the spatial features of sFID, where the network has them."""
+    floor: float | None = None
+    """Fréchet distance of the halves, once it has been computed: it takes as long as the distance itself."""
 
     @classmethod
     def empty(
@@ -209,6 +211,8 @@ def to_arrays(summary: Summary) -> dict[str, np.ndarray]:
         "kept_priorities": summary.kept.priorities.numpy(),
         "kept_features": summary.kept.features.numpy(),
     }
+    if summary.floor is not None:
+        arrays["floor"] = np.array(summary.floor)
     if summary.score is not None:
         arrays |= {f"score_{name}": getattr(summary.score, name).numpy() for name in _SCORE_FIELDS}
     if summary.spatial is not None:
@@ -231,6 +235,7 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> Summary:
         Moments(int(tensors["spatial_count"]), tensors["spatial_total"], tensors["spatial_outer"])
         if "spatial_count" in tensors
         else None,
+        float(tensors["floor"]) if "floor" in tensors else None,
     )
 
 
