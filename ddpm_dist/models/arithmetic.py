@@ -80,8 +80,9 @@ class UpsamplingConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, 2H, 2W]."""
         out_channels, in_channels = self.weight.shape[:2]
-        rows = self.weight.transpose(0, 1).reshape(-1, 9).float()
-        kernel = (rows @ _spread(x.device)).view(in_channels, out_channels, 4, 4)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        rows = self.weight.transpose(0, 1).reshape(-1, 9).to(exact)
+        kernel = (rows @ _spread(exact, x.device)).view(in_channels, out_channels, 4, 4)
         if widens(x):
             return _WideConvolution.apply(x, kernel, self.bias, (2, 2), (1, 1), True)
         return F.conv_transpose2d(x, kernel.to(x.dtype), self.bias, stride=2, padding=1)
@@ -92,13 +93,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _WideAttention.apply(q, k, v) if widens(q) else F.scaled_dot_product_attention(q, k, v)
 
 
-def _spread(device: torch.device) -> Tensor:
+def _spread(dtype: torch.dtype, device: torch.device) -> Tensor:
     """[9, 16]: which of the 4×4 weights of the transposed convolution each of the 3×3 is added to.
 
     The weight a of a row meets, at output pixel p, the input pixel (p + a - 1) // 2; a transposed convolution with
     padding 1 brings the input pixel i to p = 2i + u - 1 by its weight u. So a adds to u = 2 - a and u = 3 - a.
     """
-    weights = torch.eye(3, device=device).flip(0)
+    weights = torch.eye(3, dtype=dtype, device=device).flip(0)
     row = F.pad(weights, (0, 1)) + F.pad(weights, (1, 0))
     return torch.kron(row, row)
 

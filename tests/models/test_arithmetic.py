@@ -93,7 +93,7 @@ def test_upsampling_is_nearest_neighbour_and_convolution():
     ours = lambda x, w, b: torch.func.functional_call(conv, {"weight": w, "bias": b}, x)  # noqa: E731
     reference = lambda x, w, b: F.conv2d(F.interpolate(x, scale_factor=2.0), w, b, padding=1)  # noqa: E731
     pairs = zip(values_and_gradients(ours, tensors), values_and_gradients(reference, tensors), strict=True)
-    assert all(distance(mine, theirs) < 1e-6 for mine, theirs in pairs)
+    assert all(distance(mine, theirs) < 1e-13 for mine, theirs in pairs)
 
 
 def test_upsampling_in_bf16(slow_bf16):
