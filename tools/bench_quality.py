@@ -71,9 +71,10 @@ class Judge:
 
     def __init__(self, real: Tensor) -> None:
         self._count = min(len(real), MAX_SAMPLES)
+        _, channels, height, width = real.shape
         self._networks: dict[str, Callable[[Tensor], Tensor]] = {
             "frechet_lite0": lite0,
-            "frechet_pixel": lambda images: Pixel(tuple(real.shape[1:]))(images).features,
+            "frechet_pixel": lambda images: Pixel((channels, height, width))(images).features,
         }
         self._real = {name: network(real) for name, network in self._networks.items()}
 
