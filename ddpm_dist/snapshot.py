@@ -36,6 +36,8 @@ UNET_CONFIG = "unet/config.json"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 FORMAT = 1
+LEARNED = ("learned", "learned_range")
+"""Variances for which the network has as many further outputs as the image has channels."""
 
 
 def build(cfg: Config) -> tuple[UNet, GaussianDiffusion]:
@@ -43,7 +45,7 @@ def build(cfg: Config) -> tuple[UNet, GaussianDiffusion]:
 
     model.channels_last and model.compile are left to the engine, as they are about how the network is called.
     """
-    learned = cfg.diffusion.variance in ("learned", "learned_range")
+    learned = cfg.diffusion.variance in LEARNED
     config = UNetConfig.from_recipe(cfg.model, cfg.data.image_size, cfg.data.channels, learned)
     unet = UNet(config).checkpoint(cfg.model.checkpoint_levels).initialize(cfg.run.seed)
     return unet, GaussianDiffusion.from_config(cfg.diffusion)
@@ -108,6 +110,12 @@ def load_snapshot(url: str) -> tuple[UNet, GaussianDiffusion]:
     config = UNetConfig.from_diffusers(_parse(config_bytes, f"{place}/{config_name}"), f"{place}/{config_name}")
     scheduler = _parse(scheduler_bytes, f"{place}/{scheduler_name}")
     diffusion = from_diffusers(scheduler, f"{place}/{scheduler_name}")
+    outputs = config.in_channels * (2 if diffusion.variance in LEARNED else 1)
+    if config.out_channels != outputs:
+        raise SnapshotError(
+            f"{place}/{config_name}: out_channels is {config.out_channels}, but {scheduler_name} has a variance "
+            f"({diffusion.variance}) for which the network gives {outputs}"
+        )
     with torch.device("meta"):
         unet = UNet(config)
     unet.to_empty(device="cpu")

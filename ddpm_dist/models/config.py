@@ -118,6 +118,8 @@ class UNetConfig:
 
     def checked(self) -> "UNetConfig":
         """Itself; ValueError naming the first setting that can't be."""
+        if not isinstance(self.sample_size, int):
+            raise ValueError(f"sample_size is {self.sample_size!r}; images are square, give their height in pixels")
         if not len(self.block_out_channels) == len(self.down_block_types) == len(self.up_block_types):
             raise ValueError(
                 f"block_out_channels {self.block_out_channels}, down_block_types {self.down_block_types} and "
