@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from ddpm_dist import cli
-from ddpm_dist.distributed.ray_train import connect, preemption_announced, train_on_ray
+from ddpm_dist.distributed.ray_connect import connect
+from ddpm_dist.distributed.ray_train import preemption_announced, train_on_ray
 from ddpm_dist.distributed.state_history import latest_step
 from ddpm_dist.evaluation.follow import start_beside
 from ddpm_dist.training import run_folder

@@ -6,7 +6,6 @@ idempotent: a worker that only seemed to be lost may still finish one.
 """
 
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -17,6 +16,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from ddpm_dist.config import ClusterConfig
+from ddpm_dist.distributed.ray_connect import connect
 from ddpm_dist.errors import ClusterError, DdpmDistError, ShortReadError, UnreachableError, WorkerRefusedError
 
 T = TypeVar("T", bound=Hashable)
@@ -73,20 +73,6 @@ class _Host:
 
     def run(self, task: Any) -> Any:
         return self._worker(task)
-
-
-def connect() -> None:
-    """Joins the cluster of RAY_ADDRESS (a Ray job has it), or starts a Ray on this machine alone."""
-    if ray.is_initialized():
-        return
-    address = os.environ.get("RAY_ADDRESS")
-    try:
-        ray.init(address=address or "local", include_dashboard=None if address else False, log_to_driver=True)
-    except ConnectionError as error:
-        raise ClusterError(
-            f"RAY_ADDRESS is {address!r}, and no Ray answers there: {error}; start one with `ray start --head`, "
-            "or unset it to work on this machine alone"
-        ) from None
 
 
 class ActorPool:

@@ -27,6 +27,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from ddpm_dist.config import Config
+from ddpm_dist.distributed.ray_connect import connect
 from ddpm_dist.distributed.world import use_interface_of
 from ddpm_dist.errors import ClusterError, DdpmDistError, HangError, ShortReadError, UnreachableError
 from ddpm_dist.recipe import dump_config
@@ -38,27 +39,14 @@ RESIZE_CHECK_S = 10.0
 """How often an elastic run looks for more room."""
 
 
-def connect() -> None:
-    """Joins the cluster of RAY_ADDRESS (a Ray job has it), or starts a Ray on this machine alone."""
-    if ray.is_initialized():
-        return
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    try:
-        ray.init(address=os.environ.get("RAY_ADDRESS") or None, log_to_driver=True, include_dashboard=False)
-    except ConnectionError as error:
-        raise ClusterError(
-            f"RAY_ADDRESS is {os.environ.get('RAY_ADDRESS')!r}, and no Ray answers there: {error}; start one with "
-            "`ray start --head`, or unset it to train on this machine alone"
-        ) from None
-
-
 def train_on_ray(cfg: Config, worker: Callable[[dict[str, Any]], None], newest_state: Callable[[], int | None]) -> None:
     """Runs `worker({"config": YAML})` in each worker process until it returns in all of them.
 
     newest_state: step of the newest published training state; an elastic run grows only after a new one.
     Raises ClusterError if the resources don't come, and the worker's own DdpmDistError if it stopped the run.
     """
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     connect()
     await_resources(cfg.worker_range[0], _resources(cfg), cfg.cluster.wait_seconds)
     with tempfile.TemporaryDirectory(prefix="ddpm-ray-train-") as folder:

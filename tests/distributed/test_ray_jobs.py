@@ -13,7 +13,7 @@ from tools.ray_cluster import RayCluster
 STARTER = """
 import sys
 from ddpm_dist.distributed.ray_jobs import submit_beside
-from ddpm_dist.distributed.ray_pool import connect
+from ddpm_dist.distributed.ray_connect import connect
 connect()
 first, second = submit_beside(sys.argv[1]), submit_beside(sys.argv[1])
 print("started", first, first == second)
