@@ -32,7 +32,9 @@ from tools.s3_server import S3Server
 
 log = logging.getLogger(__name__)
 
-SETS = {  # images, pixels, images a shard, encoder, extension, our shuffle block
+SETS: dict[
+    str, tuple[int, int, int, Any, str]
+] = {  # images, pixels, images a shard, encoder, extension, our shuffle block
     "png": (40_000, 32, 1000, encode_png, "png"),
     "jpeg": (8_000, 256, 125, lambda pixels: encode_jpeg(pixels, 90), "jpg"),
 }
@@ -52,7 +54,7 @@ BASES = 60
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     folder = Path(args.folder).resolve()
-    sets = {name: (n // 10 if args.quick else n, *rest) for name, (n, *rest) in SETS.items() if name in args.sets}
+    sets = {name: (one[0] // (10 if args.quick else 1), *one[1:]) for name, one in SETS.items() if name in args.sets}
     python = peer_python(folder) if args.peer_python is None else args.peer_python
     results: dict[str, list[dict[str, Any]]] = {}
     with S3Server(folder / f"s3{'-quick' if args.quick else ''}") as server:
@@ -61,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             url = f"s3://{server.bucket}/{name}"
             if not storage.exists(f"{url}/tars/index.json"):
                 write_tars(f"{url}/tars", count, size, per_shard, encode, extension)
-            for peer in ("mosaicml", "litdata"):
+            for peer in {"mosaicml", "litdata"} & set(args.peers):
                 if not storage.exists(f"{url}/{peer}/done"):
                     measure(python, "write", peer, url, size, per_shard, folder, "fair", 0)
                     storage.publish(f"{url}/{peer}/done", b"")
@@ -69,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name, (_, size, per_shard, *_) in sets.items():
                 url = f"s3://{server.bucket}/{name}"
                 for decoder, workers in [(d, w) for d in args.decoders for w in args.workers]:
-                    for who in rotated(["ours", *PEERS], turn):
+                    for who in rotated(["ours", *args.peers], turn):
                         for what in ("epochs", "resume") if decoder == "fair" and workers == 0 else ("epochs",):
                             program = sys.executable if who == "ours" else python
                             found = measure(program, what, who, url, size, per_shard, folder, decoder, workers)
@@ -85,6 +87,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--decoders", nargs="+", choices=("fair", "own"), default=["fair", "own"])
     parser.add_argument("--workers", nargs="+", type=int, default=[0, 2])
     parser.add_argument("--folder", default="out/bench_data", help="data, caches, peers' environment")
@@ -115,7 +118,8 @@ def measure(python: str, *arguments: object) -> dict[str, Any]:
 def write_tars(url: str, count: int, size: int, per_shard: int, encode: Any, extension: str) -> None:
     """Shards of images whose spectrum falls as that of photographs."""
     bases = [photo_like(seed, size) for seed in range(BASES)]
-    written, samples = [], []
+    written: list[Any] = []
+    samples: list[Any] = []
     for i in range(count):
         turned = np.roll(bases[i % BASES], (i * 7 % size, i * 13 % size), (0, 1))[:, :: 1 - 2 * (i % 2)]
         samples.append(EncodedSample(f"{i:08d}", encode(np.ascontiguousarray(turned)), extension, i % 10))

@@ -90,9 +90,9 @@ class Ours:
         move_gradients(self.weights, self.masters)
         torch.nn.utils.clip_grad_norm_(self.masters, CLIP, foreach=True)
         self.adam.step()
-        torch._foreach_lerp_(self.averages, self.masters, 1 - DECAY)
+        torch._foreach_lerp_(self.averages, [*self.masters], 1 - DECAY)
         if self.masters is not self.weights:
-            torch._foreach_copy_(self.weights, self.masters)
+            torch._foreach_copy_([*self.weights], [*self.masters])
         self.adam.zero_grad()
 
 
@@ -136,6 +136,7 @@ def move_gradients(weights: list[nn.Parameter], masters: list[nn.Parameter]) -> 
     """Hands each weight's gradient to its master, in float32; the same on both sides."""
     if masters is not weights:
         for master, weight in zip(masters, weights, strict=True):
+            assert weight.grad is not None, "a backward pass went before"
             master.grad, weight.grad = weight.grad.float(), None
 
 
