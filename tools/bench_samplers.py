@@ -5,9 +5,10 @@
     python tools/bench_samplers.py … --samplers unipc,dpmpp_2m --spacings log_snr,uniform --evaluations 8,12,16,25
 
 Printed: Fréchet distances of the drawn images to the whole data set in EfficientNet-Lite0 features and in pixels,
-medians over seeds, and their ratio to the sampler's own limit. There are two, since an imperfect network's SDE and ODE
-end in different distributions: ancestral sampling over all T times for samplers that add noise, Heun's method at 199
-evaluations (even in log-SNR) for deterministic ones. Samplers with one seed start from the same noise.
+medians over seeds, and their ratio to the sampler's own limit. There are two limits, since an imperfect network's SDE
+and ODE end in different distributions: ancestral sampling over all T times for samplers that add noise, Heun's method
+at 199 evaluations (even in log-SNR) for deterministic ones. All start from the same noise, so deterministic samplers
+compare closely even with few images; of samplers that add noise, 256 images leave a deviation of 0.18 in a ratio.
 
 Images are kept in the work folder and drawn once: a stopped run goes on, and a second run only measures. The picture
 is WORK/samplers.png. All of it on one thread; the ancestral limit is most of the cost. Last line: one JSON object.
@@ -53,6 +54,8 @@ STOCHASTIC = ("ddpm", "dpmpp_2m_sde")
 LIMIT_STEPS = 100
 """Of Heun's method, for the limit of the deterministic samplers."""
 NEAR = 1.05
+FEW = 50
+"""Evaluations up to which nearness is worth a remark."""
 METRICS = ("frechet_lite0", "frechet_pixel")
 
 
@@ -155,7 +158,7 @@ class Row:
 
     def line(self) -> str:
         cells = [f"{self.distances[m]:9.4f} {self.ratios[m]:6.3f}" for m in METRICS]
-        near = "  within 5 %" if max(self.ratios.values()) <= NEAR else ""
+        near = "  within 5 %" if self.evaluations <= FEW and max(self.ratios.values()) <= NEAR else ""
         return f"{self.draw.sampler:13s}{self.draw.spacing:10s}{self.evaluations:5d}  {'   '.join(cells)}{near}"
 
 
@@ -208,7 +211,7 @@ def picture(rows: Sequence[Row]) -> Image.Image:
     for (down, spacing), (across, metric) in itertools.product(enumerate(spacings), enumerate(METRICS)):
         left, top = (PANEL[0] * across + MARGIN) * SCALE, (PANEL[1] * down + MARGIN / 2) * SCALE
         panel = Panel(pen, left, top, (few, many))
-        panel.axes(f"{metric} ÷ limit, {spacing}", sorted({row.evaluations for row in rows}))
+        panel.axes(f"{metric} / limit, {spacing}", sorted({row.evaluations for row in rows}))
         for curve in curves([row for row in rows if row.draw.spacing == spacing]).values():
             panel.curve(COLOURS[curve[0].draw.sampler], [(row.evaluations, row.ratios[metric]) for row in curve])
         panel.legend([name for name in COLOURS if any(row.draw.sampler == name for row in rows)])
