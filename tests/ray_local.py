@@ -39,6 +39,7 @@ class RayCluster:
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_failure_threshold": "3",
             "RAY_DEDUP_LOGS": "0",
+            "RAY_worker_niceness": "0",
         }
         self.address = f"127.0.0.1:{_free_port()}"
         head = ["--head", "--include-dashboard=false", f"--port={self.address.split(':')[1]}"]

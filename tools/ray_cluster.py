@@ -51,6 +51,7 @@ class RayCluster:
             "RAY_API_SERVER_ADDRESS": self.address,
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_COLOR_PREFIX": "0",
+            "RAY_worker_niceness": "0",  # by default Ray gives its workers 15, less than anything else here
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
             "PYTHONUNBUFFERED": "1",
             "OMP_NUM_THREADS": "1",
