@@ -29,9 +29,9 @@ def run_ranks(function: Callable[..., Any], size: int, *arguments: Any, timeout_
     """[function(world, *arguments) of each rank]; fails with the traceback of the first rank that fails."""
     results = start_ranks(function, size, *arguments, timeout_s=timeout_s)
     for rank, result in enumerate(results):
-        assert result is not None, f"rank {rank} died without a word"
         if isinstance(result, str):
             raise AssertionError(f"rank {rank}:\n{result}")
+    assert None not in results, f"rank {results.index(None)} died without a word"
     return [result[0] for result in results]
 
 
@@ -55,17 +55,18 @@ def start_ranks(function: Callable[..., Any], size: int, *arguments: Any, timeou
             ready = wait(list(open_pipes), timeout_s)
             if not ready:
                 raise AssertionError(f"ranks {sorted(open_pipes.values())} did not end in {timeout_s:.0f} s")
+            died = False
             for pipe in ready:
                 rank = open_pipes.pop(pipe)
                 try:
                     results[rank] = pickle.loads(pipe.recv_bytes())
                 except EOFError:
-                    pass
-            if any(isinstance(result, str) for result in results):
-                break  # the others may wait for the one that failed
+                    died = True
+            if died or any(isinstance(result, str) for result in results):
+                break  # the others may wait for it: every launcher ends them, too
     finally:
         for process in processes:
-            if any(isinstance(result, str) for result in results) or open_pipes:
+            if open_pipes:
                 process.kill()
             process.join()
     return results
