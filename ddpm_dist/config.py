@@ -51,7 +51,8 @@ class DataConfig(Section):
     read_ahead: Free[Positive] = 4
     """Objects fetched at once by a rank."""
     buffer_bytes: Free[Positive] = 2**31
-    """Most memory of a rank for shuffle blocks and read-ahead; checked at the start."""
+    """Most memory of a rank for shuffle blocks: one of each of its streams and one more have to fit (checked at the
+    start, at the smallest number of workers); what is left is used to read ahead."""
     cache_dir: Free[str | None] = None
     """Local folder for fetched shards; none by default."""
     cache_bytes: Free[Positive] = 2**36

@@ -23,7 +23,7 @@ class DiskCache:
         except OSError as error:
             raise ConfigError(f"data.cache_dir: {folder}: {error.strerror}") from None
 
-    def read(self, shard: ShardInfo, start: int, length: int, fetch: Callable[[int, int], bytes]) -> bytes:
+    def read(self, shard: ShardInfo, start: int, length: int, fetch: Callable[[int, int], bytes | bytearray]) -> bytes:
         """A range of a shard; the whole shard comes first if it isn't here.
 
         fetch(start, length): the bytes from the store. ShardError if they aren't what the index says.
@@ -39,7 +39,7 @@ class DiskCache:
                     if not path.exists():
                         self._fill(path, shard, fetch)
 
-    def _fill(self, path: Path, shard: ShardInfo, fetch: Callable[[int, int], bytes]) -> None:
+    def _fill(self, path: Path, shard: ShardInfo, fetch: Callable[[int, int], bytes | bytearray]) -> None:
         if shard.bytes > self._max_bytes:
             raise ConfigError(f"data.cache_bytes: {self._max_bytes}, but shard {shard.name} has {shard.bytes} bytes")
         digest = hashlib.blake2b(digest_size=16)

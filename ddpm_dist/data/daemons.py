@@ -76,6 +76,7 @@ def in_background(make: Callable[[], Iterator[T]], depth: int) -> Iterator[T]:
             if error is not None:
                 raise error
             yield item  # type: ignore[misc]
+            del item  # or it stays in memory until the next is there
     finally:
         stop.set()
         room.release()

@@ -44,10 +44,12 @@ class Sample(NamedTuple):
 class LoadedExtent:
     """Consecutive samples of one shard, in memory."""
 
-    def __init__(self, data: bytes, first_byte: int, table: SampleTable, extent: Extent, first_id: int) -> None:
+    def __init__(
+        self, data: bytes | bytearray, first_byte: int, table: SampleTable, extent: Extent, first_id: int
+    ) -> None:
         rows = table.rows[extent.first : extent.first + extent.count]
         starts = rows["offset"].astype(np.int64) - first_byte
-        self._data, self._first_id, self._keys = data, first_id, table.keys
+        self._data, self._first_id, self._keys = memoryview(data), first_id, table.keys
         self._starts: list[int] = starts.tolist()
         self._stops: list[int] = (starts + rows["size"]).tolist()
         self._labels: list[int] = rows["label"].tolist()
@@ -60,14 +62,13 @@ class LoadedExtent:
 
     def __getitem__(self, i: int) -> Sample:
         key = self._keys[self._key_ends[i] : self._key_ends[i + 1]].decode()
-        image = self._data[self._starts[i] : self._stops[i]]
+        image = bytes(self._data[self._starts[i] : self._stops[i]])
         return Sample(key, image, self._labels[i], self._first_id + i)
 
     def damaged(self) -> int | None:
         """The first sample whose bytes differ from their CRC-32."""
-        view = memoryview(self._data)
         for i, (start, stop, crc) in enumerate(zip(self._starts, self._stops, self._crcs, strict=True)):
-            if zlib.crc32(view[start:stop]) != crc:
+            if zlib.crc32(self._data[start:stop]) != crc:
                 return i
         return None
 
@@ -132,23 +133,23 @@ class ShardReader:
     def _load_table(self, shard: ShardInfo) -> SampleTable:
         name = table_name(shard.name)
 
-        def attempt() -> tuple[bytes, str | None]:
+        def attempt() -> tuple[bytes | bytearray, str | None]:
             data = self._fetch(name, shard.table_bytes, 0, shard.table_bytes)
             return data, None if content_hash(data) == shard.table_hash else "its hash is not the one in the index"
 
-        table = SampleTable.from_bytes(self._until_right(name, attempt), name)
+        table = SampleTable.from_bytes(bytes(self._until_right(name, attempt)), name)
         if len(table.rows) != shard.samples:
             raise ShardError(f"{self._place(name)}: {len(table.rows)} samples, the index says {shard.samples}")
         return table
 
-    def _read(self, shard: ShardInfo, start: int, length: int) -> bytes:
+    def _read(self, shard: ShardInfo, start: int, length: int) -> bytes | bytearray:
         if not length:
             return b""
         if self.cache is None:
             return self._fetch(shard.name, shard.bytes, start, length)
         return self.cache.read(shard, start, length, lambda s, n: self._fetch(shard.name, shard.bytes, s, n))
 
-    def _fetch(self, name: str, expected: int, start: int, length: int) -> bytes:
+    def _fetch(self, name: str, expected: int, start: int, length: int) -> bytes | bytearray:
         """A range of an object that should have `expected` bytes."""
         try:
             data, held = self._ranges.read(storage.join(self.index.url, name), start, length)

@@ -29,7 +29,7 @@ ROW = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4"), ("label", 
 """A sample in a table: first byte of its image in the shard, the image's bytes and CRC-32, class, end of its key."""
 
 
-def content_hash(data: bytes | memoryview) -> str:
+def content_hash(data: bytes | bytearray | memoryview) -> str:
     """BLAKE2b-128 of bytes, in hex."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 

@@ -99,7 +99,9 @@ class Loader:
                     f"data.max_bad_fraction: {bad.total()} of {seen} samples couldn't be decoded ({dict(bad)}), more "
                     f"than the share {data.max_bad_fraction}; tools/verify_shards.py lists them"
                 )
-            yield self._batch(part, dict(bad))
+            ready = [self._batch(part, dict(bad))]
+            del part  # or each batch stays in memory until the next is made: 25 MB for 128 images of 256 pixels
+            yield ready.pop()
 
     def _parts(self, start_step: int) -> Iterator[Part]:
         data = self._cfg.data

@@ -40,7 +40,7 @@ class RangeReader:
         self._signed: dict[str, _Signed] = {}
         self._local = threading.local()
 
-    def read(self, url: str, start: int, length: int) -> tuple[bytes, int | None]:
+    def read(self, url: str, start: int, length: int) -> tuple[bytes | bytearray, int | None]:
         """Exactly `length` > 0 bytes from `start`, and the size of the object if the answer said it.
 
         Raises storage's errors.
@@ -69,7 +69,7 @@ class RangeReader:
             signed = self._signed[url] = _Signed(parts, time.monotonic() + RENEWED_AFTER_S)
         return signed
 
-    def _get(self, url: SplitResult, start: int, length: int) -> tuple[bytes, int]:
+    def _get(self, url: SplitResult, start: int, length: int) -> tuple[bytearray, int]:
         connections: dict[str, _Connection] = self._local.__dict__.setdefault("connections", {})
         connection = connections.get(url.netloc)
         if connection is None:
@@ -101,7 +101,7 @@ class _Connection:
             context = ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE") or None)
             self._socket = context.wrap_socket(self._socket, server_hostname=url.hostname)
 
-    def get(self, target: str, start: int, length: int) -> tuple[bytes, int]:
+    def get(self, target: str, start: int, length: int) -> tuple[bytearray, int]:
         """The bytes, and the size of the whole object."""
         span = f"bytes={start}-{start + length - 1}"
         self._socket.sendall(f"GET {target} HTTP/1.1\r\nHost: {self._host}\r\nRange: {span}\r\n\r\n".encode())
@@ -125,7 +125,7 @@ class _Connection:
             if not count:
                 raise ConnectionError(f"{have} of {length} bytes")
             have += count
-        return bytes(body), total
+        return body, total
 
     def close(self) -> None:
         self._socket.close()

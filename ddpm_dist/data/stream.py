@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ddpm_dist.data.buffers import Buffers
 from ddpm_dist.data.daemons import DaemonPool
 from ddpm_dist.data.decode import BadSampleError, Pixels, decode, decode_into
 from ddpm_dist.data.fetch import LoadedExtent, Sample, ShardReader
@@ -55,8 +56,8 @@ class LoadedBlock:
 class Window:
     """The blocks that some places need now, and those that they need soon, fetched by threads.
 
-    Blocks are asked for in the order of need, at most `ahead` steps early, and early ones only while all
-    blocks together stay within `budget` bytes.
+    Blocks are asked for in the order of need; early ones about two for each thread, and only while all blocks
+    together stay within `budget` bytes. What has to come before the first batch is one block of each stream.
     """
 
     def __init__(
@@ -71,7 +72,8 @@ class Window:
         self._order, self._readers, self._budget = order, readers, budget
         self._runs = order.runs(*places)
         largest = max(min(s.shuffle_block, s.samples) for s in order.sets)
-        self._ahead = 1 + threads * largest // max(1, places[1] - places[0])
+        # For each thread a block under way and one that is ready, since a store's answers take uneven times.
+        self._ahead = 1 + 2 * threads * largest // max(1, places[1] - places[0])
         self._upcoming = order.blocks(*places, start_step)
         self._next = next(self._upcoming)
         self._waiting: dict[tuple[int, int], deque[tuple[Block, Future[LoadedBlock]]]] = {
@@ -145,10 +147,11 @@ def parts(
 ) -> Iterator[Part]:
     """What stands at places first..last−1 of every batch from a step on, without end."""
     window = Window(order, readers, places, start_step, threads, budget)
+    buffers = Buffers((places[1] - places[0], size, size, channels))
     step = start_step
     try:
         while True:
-            yield _decode_places(order, readers, places, step, list(window.samples(step)), size, channels)
+            yield _decode_places(order, readers, places, step, list(window.samples(step)), buffers.take())
             step += 1
     finally:
         window.close()
@@ -160,10 +163,8 @@ def _decode_places(
     places: tuple[int, int],
     step: int,
     samples: list[Sample],
-    size: int,
-    channels: int,
+    images: Pixels,
 ) -> Part:
-    images = np.empty((len(samples), size, size, channels), np.uint8)
     bad: Counter[str] = Counter()
     bad_places: list[int] = []
     for i, sample in enumerate(samples):
@@ -174,7 +175,7 @@ def _decode_places(
             bad[error.cause] += 1
             bad_places.append(i)
     for i in bad_places:
-        samples[i], images[i] = _substitute(order, readers, step, places[0] + i, size, channels)
+        samples[i], images[i] = _substitute(order, readers, step, places[0] + i, *images.shape[2:])
     return Part(
         step,
         images,

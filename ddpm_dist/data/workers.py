@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ddpm_dist.config import DataConfig
+from ddpm_dist.data.buffers import Buffers
 from ddpm_dist.data.decode import Pixels
 from ddpm_dist.data.fetch import ShardReader
 from ddpm_dist.data.order import Order, share_of
@@ -40,9 +41,10 @@ def worker_parts(
     workers = [
         _Worker(order, readers, (places[0] + low, places[0] + high), start_step, data, number) for low, high in shares
     ]
+    buffers = Buffers((count, data.image_size, data.image_size, data.channels))
     try:
         while True:
-            images = np.empty((count, data.image_size, data.image_size, data.channels), np.uint8)
+            images = buffers.take()
             found = [worker.take(images[low:high]) for worker, (low, high) in zip(workers, shares, strict=True)]
             bad: Counter[str] = Counter()
             for part in found:

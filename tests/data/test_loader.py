@@ -87,7 +87,7 @@ def test_resume_is_the_same_as_never_having_stopped(bucket_url: str) -> None:
 
 
 def test_a_resume_reads_a_bounded_part(faulty_proxy: FaultyProxy, bucket_url: str) -> None:
-    """Before the first batch: the index, and at most 2 blocks for each stream and read_ahead more, with tables."""
+    """Before the first batch: the index, and at most 2 blocks for each stream and 2 for each reader, with tables."""
     index = write_set(bucket_url, [50] * 40, extension="npy", size=16)
     cfg = config(bucket_url, batch=8, image_size=16, streams=4, shuffle_block=16, read_ahead=2)
     per_sample = max(shard.bytes for shard in index.shards) / 50
@@ -97,7 +97,7 @@ def test_a_resume_reads_a_bounded_part(faulty_proxy: FaultyProxy, bucket_url: st
         loader = Loader(cfg, 0, 1)
         next(loader.batches(start))
         loader.close()
-        blocks = 2 * 4 + 2
+        blocks = 2 * 4 + 2 * 2
         read = [request for request in faulty_proxy.requests if ".tar" in request.path and request.method == "GET"]
         assert sum(request.sent for request in read) <= blocks * 16 * per_sample + 2 * blocks * tables
         assert len(read) <= 4 * blocks
