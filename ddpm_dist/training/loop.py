@@ -192,6 +192,7 @@ class Training:
 
     def _log(self, result: StepResult) -> None:
         """Scalars and a progress line over the steps since the last ones."""
+        self.store.poll()
         phases = self.clock.take()
         self.goodput.add(phases)
         steps, means = self.window.take(self.step)
@@ -210,6 +211,8 @@ class Training:
                 "speed/data_wait_fraction": phases["data"] / seconds,
                 **{f"seconds_per_step/{name}": value / steps for name, value in phases.items()},
                 **{f"goodput/{name}": share for name, share in self.goodput.shares().items()},
+                "checkpoint/background_seconds": self.store.last_save_seconds,
+                "checkpoint/failed_saves": self.store.failed_saves,
                 "progress/images_seen": self.step * self.cfg.train.global_batch,
                 "progress/epoch": self.loader.epoch(self.step),
                 **memory_gib(),

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ddpm_dist import snapshot
+from ddpm_dist import snapshot, storage
 from ddpm_dist.config import Config
 from ddpm_dist.diffusion.gaussian import GaussianDiffusion
 from ddpm_dist.diffusion.samplers import sample
@@ -18,7 +18,7 @@ from ddpm_dist.distributed.world import World
 from ddpm_dist.models.unet import UNet, UNetConfig
 from ddpm_dist.recipe import dump_config
 from ddpm_dist.training import run_folder
-from ddpm_dist.training.ema import Ema
+from ddpm_dist.training.ema import MAIN, Ema
 from ddpm_dist.training.metrics import EventLog, image_grid
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,8 @@ class SnapshotPublisher:
         """step: optimizer steps done. All ranks call it; it returns when weights are gathered and the grid is drawn."""
         self.wait()
         cfg, world = self._cfg, self._world
-        weights = ema.gather(world)
+        averages = {label: ema.gather(world, label) for label in ema.averages}
+        weights = averages[MAIN]
         network, diffusion = snapshot.build(cfg)
         if cfg.logging.grid_images:
             network.load_state_dict(weights)
@@ -44,7 +45,7 @@ class SnapshotPublisher:
             if self._events is not None:
                 self._events.image("samples/ema", image_grid(images), step)
         if world.is_first:
-            self._pending = self._pool.submit(self._upload, weights, network.config, diffusion, step)
+            self._pending = self._pool.submit(self._upload, averages, network.config, diffusion, step)
 
     def wait(self) -> None:
         """Until the last snapshot is whole; raises what its upload raised."""
@@ -56,17 +57,23 @@ class SnapshotPublisher:
         self.wait()
         self._pool.shutdown()
 
-    def _upload(self, weights: dict[str, Tensor], config: UNetConfig, diffusion: GaussianDiffusion, step: int) -> None:
+    def _upload(
+        self, averages: dict[str, dict[str, Tensor]], config: UNetConfig, diffusion: GaussianDiffusion, step: int
+    ) -> None:
+        """The snapshot, and beside it one of each power average (for tools/posthoc_ema.py)."""
         cfg = self._cfg
-        info = {
-            "kind": "ema",
-            "step": step,
-            "images_seen": step * cfg.train.global_batch,
-            "config": dump_config(cfg),
-        }
-        url = run_folder.snapshot_url(cfg.run.url, step)
-        snapshot.save_snapshot(url, weights, config, diffusion, info)
-        log.info("snapshot of step %d: %s", step, url)
+        for label, weights in averages.items():
+            info = {
+                "kind": label,
+                "step": step,
+                "images_seen": step * cfg.train.global_batch,
+                "config": dump_config(cfg),
+            }
+            url = run_folder.snapshot_url(cfg.run.url, step)
+            if label != MAIN:
+                url = storage.join(cfg.run.url, "averages", label, f"{step:09d}")
+            snapshot.save_snapshot(url, weights, config, diffusion, info)
+            log.info("snapshot of step %d: %s", step, url)
 
     @torch.no_grad()
     def _sample_grid(self, network: UNet, diffusion: GaussianDiffusion) -> Tensor:
@@ -76,7 +83,12 @@ class SnapshotPublisher:
         indices = torch.arange(world.rank * each, (world.rank + 1) * each)
         labels = indices % cfg.model.num_classes if cfg.model.num_classes else None
         settings = cfg.sampling.model_copy(
-            update={"sampler": "ddim", "steps": min(cfg.logging.grid_steps, cfg.diffusion.timesteps), "eta": None}
+            update={
+                "sampler": "ddim",
+                "steps": min(cfg.logging.grid_steps, cfg.diffusion.timesteps),
+                "eta": None,
+                "spacing": "uniform",
+            }
         )
         images = sample(
             network,
