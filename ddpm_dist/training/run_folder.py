@@ -7,6 +7,7 @@ run.url/
   summary.json    what the last attempt ended with
   checkpoints/    training states (distributed/checkpoint.py)
   snapshots/      EMA weights as diffusers folders, one per step (snapshot.py)
+  averages/       power averages, likewise, where ema.power asks for them
   tensorboard/    samples/    evaluation/    failures/
 """
 
