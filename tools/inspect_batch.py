@@ -70,7 +70,7 @@ def parse(argv: Sequence[str] | None) -> Any:
     parser.add_argument("--world", type=int, default=1, metavar="W")
     parser.add_argument("--step", type=int, required=True, metavar="N")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the batch, one row or more a rank")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def draw(samples: Sequence[Sample], world: int, path: Path) -> None:

@@ -45,7 +45,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-shuffle", action="store_true", help="keep the input's order")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: all cores, 1 for small sets)")
     parser.add_argument("--ray", type=int, metavar="N", help="instead: up to N Ray workers, on the nodes of a cluster")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)  # options may stand between INPUT and URL
 
 
 def run_on_ray(workers: int, plan: Plan, url: str, numbers: list[int]) -> Iterator[int]:

@@ -83,7 +83,7 @@ def test_seed_and_no_shuffle(tmp_path: Path, images: np.ndarray) -> None:
 def test_forms(
     tmp_path: Path, images: np.ndarray, arguments: list[object], formats: dict[str, int], shape: tuple[int, ...]
 ) -> None:
-    make("folder", tmp_path / "files", f"file://{tmp_path}/out", *arguments)
+    make("folder", tmp_path / "files", *arguments, f"file://{tmp_path}/out")
     assert dict(load_index(f"file://{tmp_path}/out").schema.formats) == formats
     sample = next(iterate(f"file://{tmp_path}/out"))
     assert sample.image.shape == shape
