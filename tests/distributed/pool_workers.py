@@ -15,6 +15,19 @@ def square() -> Callable[[int], tuple[int, int]]:
     return lambda task: (time.sleep(0.02), (task * task, os.getpid()))[1]
 
 
+class Together:
+    """(task², pid), but not before so many processes have a task each."""
+
+    def __init__(self, folder: str, processes: int) -> None:
+        self.folder, self.processes = Path(folder), processes
+
+    def __call__(self, task: int) -> tuple[int, int]:
+        (self.folder / str(os.getpid())).touch()
+        while len(list(self.folder.iterdir())) < self.processes:
+            time.sleep(0.05)
+        return task * task, os.getpid()
+
+
 class Sometimes:
     """Raises on odd tasks: for ever, or until a file tells of so many tries."""
 

@@ -8,15 +8,15 @@ import pytest
 from ddpm_dist.config import ClusterConfig
 from ddpm_dist.distributed.ray_pool import ActorPool, Done, Failed
 from ddpm_dist.errors import ClusterError, SnapshotError
-from tests.distributed.pool_workers import Dying, Picky, Sometimes, broken, square
+from tests.distributed.pool_workers import Dying, Picky, Sometimes, Together, broken, square
 from tests.ray_local import RayCluster
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 CLUSTER = ClusterConfig(wait_seconds=30)
 
 
-def test_every_task_once_over_all_workers() -> None:
-    with ActorPool(square, (1, 3), CLUSTER) as pool:
+def test_every_task_once_over_all_workers(tmp_path: Path) -> None:
+    with ActorPool(partial(Together, str(tmp_path), 3), (1, 3), CLUSTER) as pool:
         outcomes = list(pool.map(range(60)))
         again = list(pool.map([7]))
     assert sorted(outcome.task for outcome in outcomes) == list(range(60))
@@ -93,8 +93,9 @@ def test_works_with_fewer_than_the_maximum_and_below_the_minimum_not() -> None:
         list(pool.map(range(1000)))
 
 
-def test_a_fraction_of_a_cpu_is_enough() -> None:
-    with ActorPool(square, (5, 6), ClusterConfig(wait_seconds=60, cpus_per_worker=0.25)) as pool:
+def test_a_fraction_of_a_cpu_is_enough(tmp_path: Path) -> None:
+    cluster = ClusterConfig(wait_seconds=60, cpus_per_worker=0.25)
+    with ActorPool(partial(Together, str(tmp_path), 5), (5, 6), cluster) as pool:
         values = [outcome.value for outcome in pool.map(range(300)) if isinstance(outcome, Done)]
     assert len(values) == 300
     assert len({pid for _, pid in values}) >= 5
