@@ -214,7 +214,8 @@ def main(argv: Sequence[str] | None) -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "out/demo", metavar="DIR", help="where everything goes")
     args = parser.parse_args(argv)
     demo = Demo(args.data, args.steps, args.out.resolve())
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell in the background ignores Ctrl-C
+        signal.signal(number, signal.default_int_handler)
     stack = ExitStack()
     try:
         summary = demo.run(stack)
