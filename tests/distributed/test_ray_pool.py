@@ -85,11 +85,12 @@ def test_says_what_it_waits_for() -> None:
 
 
 def test_works_with_fewer_than_the_maximum_and_below_the_minimum_not() -> None:
-    two_fit = ClusterConfig(wait_seconds=3, cpus_per_worker=2)
+    two_fit = ClusterConfig(wait_seconds=60, cpus_per_worker=2)
     with ActorPool(square, (1, 5), two_fit) as pool:
         assert len(list(pool.map(range(20)))) == 20
         assert 1 <= pool.alive <= 2
-    with ActorPool(square, (3, 5), two_fit) as pool, pytest.raises(ClusterError, match="of at least 3 workers are"):
+    impatient = ClusterConfig(wait_seconds=3, cpus_per_worker=2)
+    with ActorPool(square, (3, 5), impatient) as pool, pytest.raises(ClusterError, match="of at least 3 workers are"):
         list(pool.map(range(1000)))
 
 
