@@ -26,7 +26,9 @@ _Loader.add_implicit_resolver(
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Config of a YAML file with `section.key=value` overrides; raises ConfigError naming key, value, remedy."""
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"--config {path}: not a text file (UTF-8)") from None
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror or error}; the recipes are in configs/") from None
     return parse_config(text, overrides, source=str(path))

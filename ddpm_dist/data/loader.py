@@ -65,6 +65,7 @@ class Loader:
         self.steps_per_epoch = self._order.steps_per_epoch
         self.num_classes = max((index.num_classes or 0 for index in self._indexes), default=0) or None
         self._labelled = all(index.num_classes for index in self._indexes)
+        _check_classes(cfg.model.num_classes, self.num_classes if self._labelled else None)
         self._open: list[Iterator[Batch]] = []
         check_memory(cfg, self._order, self._indexes)
 
@@ -127,6 +128,16 @@ class Loader:
             images = images.pin_memory()
             labels = labels.pin_memory() if labels is not None else None
         return Batch(part.step, self.epoch(part.step), images, labels, part.keys, bad)
+
+
+def _check_classes(wanted: int | None, there: int | None) -> None:
+    """A conditional network needs labels, and a row for each of them."""
+    if wanted is None:
+        return
+    if there is None:
+        raise ConfigError(f"model.num_classes: {wanted}, but the data has no labels; leave the key out")
+    if there > wanted:
+        raise ConfigError(f"model.num_classes: {wanted}, but the labels of the data go up to {there - 1}; use {there}")
 
 
 def open_sets(cfg: Config) -> tuple[list[DataIndex], list[float]]:

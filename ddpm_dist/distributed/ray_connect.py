@@ -19,3 +19,7 @@ def connect() -> None:
             f"RAY_ADDRESS is {address!r}, and no Ray answers there: {error}; start one with `ray start --head`, "
             "or unset it to work on this machine alone"
         ) from None
+    except Exception as error:  # Ray raises bare exceptions where its own processes don't come up in time
+        raise ClusterError(
+            f"Ray doesn't start on this machine: {error}; is it overloaded, or its memory full?"
+        ) from error

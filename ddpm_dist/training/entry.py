@@ -10,7 +10,7 @@ from ddpm_dist.config import Config
 from ddpm_dist.data.loader import Loader
 from ddpm_dist.distributed.state_history import latest_step
 from ddpm_dist.distributed.world import World, broadcast_object, init_world
-from ddpm_dist.errors import DdpmDistError
+from ddpm_dist.errors import ConfigError, DdpmDistError
 from ddpm_dist.recipe import parse_config
 from ddpm_dist.training import run_folder
 from ddpm_dist.training.branch import check_origin
@@ -24,12 +24,19 @@ def finished(cfg: Config, token: str) -> bool:
 
     Returns whether the run has nothing left to do. token: names this job (run_folder.new_token).
     """
-    run_folder.prepare(cfg)
+    run_folder.check(cfg)
     run_folder.take_over(cfg.run.url, token)
     check_origin(cfg)
     Loader(cfg, rank=0, world=cfg.worker_range[0]).close()
-    step = latest_step(cfg.run.url)
-    return step is not None and step >= cfg.train.steps
+    step, steps = latest_step(cfg.run.url) or 0, cfg.train.steps
+    if step > steps:
+        raise ConfigError(
+            f"train.steps: {steps} is less than the {step} steps that this run has done; it may only grow"
+        )
+    run_folder.adopt(cfg)
+    # A kill at the very end can leave the last state without what is published after it.
+    published = run_folder.has_snapshot(cfg.run.url, steps) and run_folder.read_summary(cfg.run.url) is not None
+    return step == steps and published
 
 
 def ray_worker(arguments: dict[str, Any], token: str, preempted: Callable[[], bool]) -> None:

@@ -18,7 +18,7 @@ from ddpm_dist.data.loader import Batch, Loader
 from ddpm_dist.diffusion.losses import LossHistory
 from ddpm_dist.distributed.checkpoint import StateStore
 from ddpm_dist.distributed.engine import Engine
-from ddpm_dist.distributed.world import World, gather_objects
+from ddpm_dist.distributed.world import World, broadcast_object, gather_objects
 from ddpm_dist.recipe import dump_config
 from ddpm_dist.training import run_folder
 from ddpm_dist.training.branch import init_from
@@ -80,6 +80,7 @@ class Training:
         cfg = self.cfg
         if self.events is not None:
             self.events.text("config", f"```yaml\n{dump_config(cfg)}```", self.step)
+        self._publish_missing_snapshot()
         batches = self.loader.batches(self.step)
         stopping = False
         while self.step < cfg.train.steps and not stopping:
@@ -166,11 +167,21 @@ class Training:
             self._saved_for_preemption = True
         return heard.stop, saving
 
+    def _publish_missing_snapshot(self) -> None:
+        """The snapshot of the step that was resumed from, if a kill came between its state and itself."""
+        missing = self.world.is_first and not run_folder.has_snapshot(self.cfg.run.url, self.step)
+        if self._snapshot_due() and broadcast_object(self.world, missing):
+            self.publisher.publish(self.ema, self.step)
+
+    def _snapshot_due(self) -> bool:
+        step = self.step
+        return step > 0 and (step % self.cfg.checkpoint.snapshot_every_steps == 0 or step == self.cfg.train.steps)
+
     def _publish(self, save_now: bool) -> None:
         """Snapshot and state, where they are due; a state in any case if `save_now`."""
         cfg, step = self.cfg, self.step
         last = step == cfg.train.steps
-        if step % cfg.checkpoint.snapshot_every_steps == 0 or last:
+        if self._snapshot_due():
             with self.clock.phase("snapshot"):
                 self.publisher.publish(self.ema, step)
         if step % cfg.checkpoint.every_steps == 0 or last or save_now:
@@ -220,7 +231,7 @@ class Training:
             },
             self.step,
         )
-        self.progress.show(self.step, means.get("loss/mean", float("nan")), images_per_second, phases["data"] / seconds)
+        self.progress.show(self.step, means.get("loss/mean"), images_per_second, phases["data"] / seconds)
 
     def _arithmetic(self, images_per_second: float) -> dict[str, float]:
         """Model FLOPs per second and rank, as a share of logging.peak_tflops."""

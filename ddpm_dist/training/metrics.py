@@ -221,17 +221,18 @@ class Progress:
         self._start_step, self._start = start_step, time.perf_counter()
         self._bar = tqdm(total=steps, initial=start_step, unit="step") if sys.stderr.isatty() else None
 
-    def show(self, step: int, loss: float, images_per_second: float, data_wait: float) -> None:
-        """step: steps done. data_wait: share of the time."""
+    def show(self, step: int, loss: float | None, images_per_second: float, data_wait: float) -> None:
+        """step: steps done. loss: None if none was heard of yet. data_wait: share of the time."""
+        loss_text = "" if loss is None else f"loss {loss:.4f}  "
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4f}, {images_per_second:.0f} images/s, wait {data_wait:.1%}")
+            self._bar.set_postfix_str(f"{loss_text}{images_per_second:.0f} images/s, wait {data_wait:.1%}")
             self._bar.update(step - self._bar.n)
             return
         rate = (step - self._start_step) / max(time.perf_counter() - self._start, 1e-9)
         left_s = (self._steps - step) / rate if rate else float("inf")
         log.info(
-            "step %d/%d (%s images)  loss %.4f  %.0f images/s  data wait %.1f%%  %s left",
-            step, self._steps, f"{step * self._batch:,}", loss, images_per_second, 100 * data_wait, _clock(left_s),
+            "step %d/%d (%s images)  %s%.0f images/s  data wait %.1f%%  %s left",
+            step, self._steps, f"{step * self._batch:,}", loss_text, images_per_second, 100 * data_wait, _clock(left_s),
         )  # fmt: skip
 
     def close(self) -> None:

@@ -33,32 +33,41 @@ LEASE_S = 20.0
 """A lease that isn't renewed for so long belongs to a dead attempt."""
 
 
-def prepare(cfg: Config) -> None:
-    """Checks that this configuration may use the folder, and writes `config.yaml`.
+def check(cfg: Config) -> None:
+    """Checks that the folder can be reached, and that this configuration may go on with the run in it, if any.
 
-    Raises StorageError if the folder can't be reached, ConfigError with the list of identity keys that
-    differ from those of the run that is there.
+    Writes nothing. Raises StorageError, or ConfigError with the list of identity keys that differ.
     """
     storage.check_access(cfg.run.url)
-    url = storage.join(cfg.run.url, "config.yaml")
-    try:
-        old = parse_config(storage.read(url).decode(), source=url)
-    except NotFoundError:
-        old = None
-    if old is not None:
-        found = differences(old, cfg)
-        if found["identity"]:
-            raise ConfigError(
-                f"run.url: {cfg.run.url} holds a run of another configuration:\n  "
-                + "\n  ".join(found["identity"])
-                + "\nUse another run.url for this one (run.init_from takes weights along), or the old values to go on."
-            )
-        for change in found["schedule"]:
-            log.info("the schedule changes: %s", change)
+    old = _saved_config(cfg.run.url)
+    if old is None or not storage.list_names(storage.join(cfg.run.url, "checkpoints", "owner")):
+        return  # nobody has trained here yet: a configuration that never worked binds nobody
+    found = differences(old, cfg)
+    if found["identity"]:
+        raise ConfigError(
+            f"run.url: {cfg.run.url} holds a run of another configuration:\n  "
+            + "\n  ".join(found["identity"])
+            + "\nUse another run.url for this one (run.init_from takes weights along), or the old values to go on."
+        )
+    for change in found["schedule"]:
+        log.info("the schedule changes: %s", change)
+
+
+def adopt(cfg: Config) -> None:
+    """Makes this the run's configuration, and forgets an old wish to stop; for the folder's owner alone."""
+    old = _saved_config(cfg.run.url)
     text = dump_config(cfg)
     if old is None or dump_config(old) != text:
-        storage.publish(url, text.encode())
+        storage.publish(storage.join(cfg.run.url, "config.yaml"), text.encode())
     storage.delete(storage.join(cfg.run.url, "stop"))
+
+
+def _saved_config(run_url: str) -> Config | None:
+    url = storage.join(run_url, "config.yaml")
+    try:
+        return parse_config(storage.read(url).decode(), source=url)
+    except NotFoundError:
+        return None
 
 
 def take_over(run_url: str, token: str) -> None:
@@ -149,6 +158,11 @@ def read_summary(run_url: str) -> dict[str, Any] | None:
 def snapshot_url(run_url: str, step: int) -> str:
     """Zero-padded, so that names sort by step."""
     return storage.join(run_url, "snapshots", f"{step:09d}")
+
+
+def has_snapshot(run_url: str, step: int) -> bool:
+    """Whether the snapshot of a step is whole."""
+    return storage.exists(storage.join(snapshot_url(run_url, step), "model_index.json"))
 
 
 def newest_snapshot(run_url: str) -> str | None:

@@ -48,6 +48,19 @@ def test_a_finished_run_says_so_and_grows(bucket_url: str, tmp_path: Path) -> No
     assert jobs.weights_sha256(run_url, 12)
 
 
+def test_a_kill_between_the_last_state_and_its_snapshot_loses_nothing(bucket_url: str, tmp_path: Path) -> None:
+    data_url, run_url, log = f"{bucket_url}/data", f"{bucket_url}/run", tmp_path / "log"
+    jobs.make_digits(data_url)
+    short = [*overrides(run_url, data_url), "train.steps=8"]
+    jobs.finish(jobs.deepspeed("configs/digits.yaml", short, log, workers=1), log)
+    before = jobs.weights_sha256(run_url, 8)
+    storage.delete_tree(f"{run_url}/snapshots/000000008")
+    storage.delete(f"{run_url}/summary.json")
+    jobs.finish(jobs.deepspeed("configs/digits.yaml", short, log, workers=2), log)
+    assert jobs.weights_sha256(run_url, 8) == before
+    assert storage.exists(f"{run_url}/summary.json")
+
+
 def test_a_stop_object_ends_the_run_with_a_state(bucket_url: str, tmp_path: Path) -> None:
     data_url, run_url, log = f"{bucket_url}/data", f"{bucket_url}/run", tmp_path / "log"
     jobs.make_digits(data_url)

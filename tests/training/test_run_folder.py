@@ -30,32 +30,52 @@ def config(url: str, *overrides: str):
     return parse_config(RECIPE.format(url=url), overrides)
 
 
+def prepare(cfg) -> None:
+    """As an attempt does it: check, adopt, claim."""
+    run_folder.check(cfg)
+    run_folder.adopt(cfg)
+    storage.publish(f"{cfg.run.url}/checkpoints/owner/000001", b"{}")
+
+
 def lease(url: str, **changes) -> None:
     values = {"token": "a", "host": "elsewhere", "boot": "x", "pid": 1, "step": 5, "beat": 1, "time": time.time()}
     storage.publish(f"{url}/lease.json", json.dumps({**values, "released": False, **changes}).encode())
 
 
 def test_same_configuration_may_go_on_and_free_keys_may_change(url) -> None:
-    run_folder.prepare(config(url))
-    run_folder.prepare(config(url, "cluster.workers=2", "logging.every_steps=3"))
+    prepare(config(url))
+    prepare(config(url, "cluster.workers=2", "logging.every_steps=3"))
     assert b"every_steps: 3" in storage.read(f"{url}/config.yaml")
 
 
 def test_steps_may_grow(url, caplog) -> None:
-    run_folder.prepare(config(url))
+    prepare(config(url))
     caplog.set_level("INFO")
-    run_folder.prepare(config(url, "train.steps=20"))
+    prepare(config(url, "train.steps=20"))
     assert "train.steps: 10 -> 20" in caplog.text
 
 
 def test_another_configuration_is_refused_with_the_list(url) -> None:
-    run_folder.prepare(config(url))
+    prepare(config(url))
     before = storage.read(f"{url}/config.yaml")
     with pytest.raises(ConfigError, match=r"(?s)another configuration.*diffusion\.prediction: eps -> v") as e:
-        run_folder.prepare(config(url, "train.lr=0.1", "diffusion.prediction=v"))
+        prepare(config(url, "train.lr=0.1", "diffusion.prediction=v"))
     assert "train.lr: 0.0002 -> 0.1" in str(e.value)
     assert "run.init_from" in str(e.value)
     assert storage.read(f"{url}/config.yaml") == before
+
+
+def test_a_configuration_that_never_trained_binds_nobody(url) -> None:
+    run_folder.adopt(config(url, "train.lr=0.1"))
+    run_folder.check(config(url))
+
+
+def test_a_check_writes_nothing(url) -> None:
+    prepare(config(url))
+    storage.publish(f"{url}/stop", b"")
+    run_folder.check(config(url, "train.steps=7777"))
+    assert storage.exists(f"{url}/stop")
+    assert b"7777" not in storage.read(f"{url}/config.yaml")
 
 
 def test_a_released_lease_and_one_of_a_dead_process_are_no_obstacle(url) -> None:
