@@ -19,6 +19,7 @@ from ddpm_dist.distributed.pieces import Piece
 from ddpm_dist.distributed.world import World
 from ddpm_dist.distributed.zero_layout import LAYOUTS
 from ddpm_dist.errors import ConfigError
+from ddpm_dist.models.arithmetic import SLOW_BF16
 
 if not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -154,6 +155,7 @@ class Engine:
             "zero_stage": self._ds.zero_optimization_stage(),
             "device": _device_name(self.world.device),
             "threads": torch.get_num_threads(),
+            "widens_bf16": SLOW_BF16,
             "torch": torch.__version__,
             "deepspeed": deepspeed.__version__,
         }
