@@ -63,48 +63,38 @@ def training_step(
     images: [B/W, C, H, W] uint8, the places [rB/W, (r+1)B/W) of the global batch. labels: [B/W] int64 or None.
     t and eps of the image at place p depend on (seed, step, p) alone, not on the number of ranks.
     """
+    seed, batch = cfg.run.seed, cfg.train.global_batch
     with clock.phase("forward_backward"):
-        t, losses = _forward_backward(engine, diffusion, images, labels, step, cfg, world, plan, history)
+        places = torch.arange(world.rank * plan.share, (world.rank + 1) * plan.share, device=world.device)
+        image_numbers = places + step * batch
+        x_start = to_model_range(images.to(world.device, non_blocking=True))
+        t, weight = draw_t(cfg.diffusion, seed, step, places, batch, history, device=world.device)
+        eps = rng.normal(seed, Purpose.EPS, image_numbers, x_start.shape[1:])
+        y = _classes(labels, places, step, cfg, world)
+        if cfg.model.dropout:
+            torch.manual_seed(rng.fold(seed, step, world.rank))  # dropout's masks depend on this step alone
+
+        losses = []
+        for i in range(0, plan.share, plan.micro_batch):
+            part = slice(i, i + plan.micro_batch)
+            y_part = None if y is None else y[part]
+            found = training_losses(diffusion, engine, x_start[part], t[part], eps[part], y_part, cfg.diffusion)
+            engine.backward((weight[part] * found.loss).mean())
+            losses.append(found.loss.detach())
     with clock.phase("step"):
         report = engine.step(lr_at(cfg.train, step))
-    return StepResult(t, losses, report)
+    return StepResult(t, torch.cat(losses), report)
 
 
-def _forward_backward(
-    engine: Engine,
-    diffusion: GaussianDiffusion,
-    images: Tensor,
-    labels: Tensor | None,
-    step: int,
-    cfg: Config,
-    world: World,
-    plan: BatchPlan,
-    history: LossHistory | None,
-) -> tuple[Tensor, Tensor]:
-    seed, batch = cfg.run.seed, cfg.train.global_batch
-    places = torch.arange(world.rank * plan.share, (world.rank + 1) * plan.share, device=world.device)
-    image_numbers = places + step * batch
-    x_start = to_model_range(images.to(world.device, non_blocking=True))
-    t, weight = draw_t(cfg.diffusion, seed, step, places, batch, history, device=world.device)
-    eps = rng.normal(seed, Purpose.EPS, image_numbers, x_start.shape[1:])
-    null = cfg.model.num_classes
-    if null is None:
-        labels = None
-    if labels is not None and null is not None:
-        labels = labels.to(world.device, non_blocking=True)
-        if cfg.diffusion.label_dropout:
-            labels = drop_labels(labels, null, cfg.diffusion.label_dropout, seed, step, places, batch)
-    if cfg.model.dropout:
-        torch.manual_seed(rng.fold(seed, step, world.rank))  # dropout's masks depend on this step alone
-
-    losses = []
-    for i in range(0, plan.share, plan.micro_batch):
-        part = slice(i, i + plan.micro_batch)
-        y = None if labels is None else labels[part]
-        found = training_losses(diffusion, engine, x_start[part], t[part], eps[part], y, cfg.diffusion)
-        engine.backward((weight[part] * found.loss).mean())
-        losses.append(found.loss.detach())
-    return t, torch.cat(losses)
+def _classes(labels: Tensor | None, places: Tensor, step: int, cfg: Config, world: World) -> Tensor | None:
+    """What the network is told of the classes: [B/W] int64 with some dropped for guidance; None if unconditional."""
+    null, probability = cfg.model.num_classes, cfg.diffusion.label_dropout
+    if labels is None or null is None:
+        return None
+    labels = labels.to(world.device, non_blocking=True)
+    if not probability:
+        return labels
+    return drop_labels(labels, null, probability, cfg.run.seed, step, places, cfg.train.global_batch)
 
 
 def to_model_range(images: Tensor) -> Tensor:
