@@ -35,8 +35,9 @@ def finished(cfg: Config, token: str) -> bool:
         )
     run_folder.adopt(cfg)
     # A kill at the very end can leave the last state without what is published after it.
-    published = run_folder.has_snapshot(cfg.run.url, steps) and run_folder.read_summary(cfg.run.url) is not None
-    return step == steps and published
+    summary = run_folder.read_summary(cfg.run.url)
+    told = summary is not None and summary["step"] == steps
+    return step == steps and told and run_folder.has_snapshot(cfg.run.url, steps)
 
 
 def ray_worker(arguments: dict[str, Any], token: str, preempted: Callable[[], bool]) -> None:
