@@ -134,6 +134,11 @@ def _config(args: argparse.Namespace) -> Config:
         manifest = load_manifest(args.samples)
         snapshot = manifest.snapshot if manifest else None
     if snapshot is None:
+        if args.samples:
+            raise EvaluationError(
+                f"--samples {storage.redact(args.samples)}: no manifest of a sampling job is there; for images from "
+                "elsewhere give the recipe as well, by --config FILE"
+            )
         raise EvaluationError("give --samples URL or --snapshot URL, or --config FILE")
     return sampling_command.stored_config(snapshot, args.overrides)
 
