@@ -3,7 +3,7 @@
 A range through s3fs costs 2.6 ms of processor time, most of it in botocore's and aiohttp's layers: too much
 beside images that decode in 0.02 ms. So an S3 object is signed once (by s3fs, which knows the credentials)
 and its ranges are plain HTTP requests on kept connections. http.client needs 0.35 ms for one, half of it to
-parse headers as if they were mail; the few lines at the end of this module need 0.15. Whatever isn't the wanted
+parse headers as if they were mail; the few lines at the end of this module need less. Whatever isn't the wanted
 answer, storage is asked instead, which knows how to wait, to retry and to explain.
 """
 
