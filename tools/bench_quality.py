@@ -1,7 +1,9 @@
 """Quality at equal images seen: our recipe beside diffusers' training example and lucidrains' library.
 
     python tools/bench_quality.py digits
-    python tools/bench_quality.py digits --arms ours,diffusers,lucidrains --images 100000 --seeds 3
+    python tools/bench_quality.py digits --arms ours,diffusers,lucidrains --images 100000 --seeds 0,1,2
+    python tools/bench_quality.py digits --arms ours --seeds 0,1,2 --vary "eps: diffusion.prediction=eps"
+
 
 Every arm trains on the same images for as many images, in float32 on one thread, and 1,797 images (or as many as
 the set has, up to 5,000) are drawn from its EMA weights by 50 steps of deterministic DDIM. Printed: Fréchet
@@ -19,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,8 +45,23 @@ from ddpm_dist.recipe import load_config  # noqa: E402
 RECIPES = {"digits": "digits", "fashion-mnist": "fashion-mnist", "emoji": "emoji32"}
 SAMPLER = SamplingConfig(sampler="ddim", steps=50)
 LR, EMA_DECAY, BATCH = 1e-3, 0.995, 128
-MAX_SAMPLES = 5000
 CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all arms share: real uint8 [N, C, H, W], their shards, a folder to work in, and how many to draw."""
+
+    args: argparse.Namespace
+    real: Tensor
+    data_url: str
+    work: Path
+    samples: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        c, h, w = self.real.shape[1:]
+        return c, h, w
 
 
 def main() -> None:
@@ -52,25 +70,47 @@ def main() -> None:
     work = Path(tempfile.mkdtemp(prefix="ddpm-quality-"))
     data_url = _make_data(args.data, work)
     real = torch.stack([torch.as_tensor(s.image) for s in iterate(data_url)])
+    bench = Bench(args, real, data_url, work, min(len(real), args.samples))
     judge = Judge(real)
     print(f"{len(real)} images {tuple(real.shape[1:])}; floor between halves: {judge.floor()}", flush=True)
     results: dict[str, list[dict[str, float]]] = {}
-    for seed in range(args.seeds):
-        for arm in args.arms.split(","):
-            start = time.perf_counter()
-            images = ARMS[arm](args, real, data_url, work, seed)
-            found = judge(images)
-            found["seconds"] = time.perf_counter() - start
-            results.setdefault(arm, []).append(found)
-            print(f"  seed {seed} {arm:10s} " + "  ".join(f"{k} {v:.4g}" for k, v in found.items()), flush=True)
+    kept = _kept(args.results)
+    for seed in args.seeds:
+        for name, (arm, settings) in _arms(args).items():
+            key = json.dumps([args.data, args.recipe, args.images, seed, name, settings, args.override])
+            if key not in kept:
+                start = time.perf_counter()
+                kept[key] = judge(ARMS[arm](bench, settings, seed))
+                kept[key]["seconds"] = time.perf_counter() - start
+                if args.results:
+                    with args.results.open("a") as file:
+                        print(json.dumps({"key": key, "found": kept[key]}), file=file)
+            results.setdefault(name, []).append(kept[key])
+            print(f"  seed {seed} {name:16s} " + "  ".join(f"{k} {v:.4g}" for k, v in kept[key].items()), flush=True)
     print(_report(args, judge.floor(), results))
+
+
+def _arms(args: argparse.Namespace) -> dict[str, tuple[str, list[str]]]:
+    """name -> (function, settings): those of --arms, then each --vary."""
+    arms: dict[str, tuple[str, list[str]]] = {name: (name, []) for name in args.arms.split(",") if name}
+    for text in args.vary:
+        head, _, settings = text.partition(":")
+        name, _, arm = head.strip().partition("@")
+        arms[name] = (arm or "ours", settings.split())
+    return arms
+
+
+def _kept(path: Path | None) -> dict[str, dict[str, float]]:
+    """Results of an earlier start."""
+    if path is None or not path.exists():
+        return {}
+    return {row["key"]: row["found"] for row in map(json.loads, path.read_text().splitlines())}
 
 
 class Judge:
     """Fréchet distances of uint8 images [N, C, H, W] to the whole real set."""
 
     def __init__(self, real: Tensor) -> None:
-        self._count = min(len(real), MAX_SAMPLES)
         _, channels, height, width = real.shape
         self._networks: dict[str, Callable[[Tensor], Tensor]] = {
             "frechet_lite0": lite0,
@@ -88,32 +128,35 @@ class Judge:
         return {name: round(frechet_of_features(f[a], f[b]), 4) for name, f in self._real.items()}
 
 
-def ours(args: argparse.Namespace, real: Tensor, data_url: str, work: Path, seed: int) -> Tensor:
+def ours(bench: Bench, settings: list[str], seed: int) -> Tensor:
     """The real system, one process: `launch/train_deepspeed.py` with the recipe."""
+    args = bench.args
     recipe = ROOT / "configs" / f"{args.recipe or RECIPES[args.data]}.yaml"
-    cfg = load_config(recipe, [f"run.url={work.as_uri()}/run-{seed}", f"data.url={data_url}", *args.override])
+    run_url = tempfile.mkdtemp(prefix="run-", dir=bench.work)
+    settings = [*args.override, *settings]
+    cfg = load_config(recipe, [f"run.url=file://{run_url}", f"data.url={bench.data_url}", *settings])
     steps = args.images // cfg.train.global_batch
     overrides = [
-        f"run.url={cfg.run.url}", f"run.seed={seed}", f"data.url={data_url}", "cluster.workers=1", "precision=fp32",
+        f"run.url={cfg.run.url}", f"run.seed={seed}", f"data.url={bench.data_url}", "cluster.workers=1",
         f"train.steps={steps}", f"checkpoint.snapshot_every_steps={steps}", f"checkpoint.every_steps={steps}",
-        "logging.grid_images=0", *args.override,
+        "precision=fp32", "logging.grid_images=0", *settings,
     ]  # fmt: skip
     if cfg.train.decay_steps:
         overrides.append(f"train.decay_steps={steps}")
     command = [sys.executable, str(ROOT / "launch/train_deepspeed.py"), "--config", str(recipe), *overrides]
     _run(command)
     unet, diffusion = snapshot.load_snapshot(f"{cfg.run.url}/snapshots/{steps:09d}")
-    return _draw(unet, diffusion, tuple(real.shape[1:]), min(len(real), MAX_SAMPLES), seed)
+    return _draw(unet, diffusion, bench, seed)
 
 
-def diffusers(args: argparse.Namespace, real: Tensor, data_url: str, work: Path, seed: int) -> Tensor:
+def diffusers(bench: Bench, settings: list[str], seed: int) -> Tensor:
     """The loop of diffusers' unconditional example: its network, scheduler, AdamW, cosine rate and EMA."""
     from diffusers import DDPMScheduler, UNet2DModel
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
 
     torch.manual_seed(seed)
-    channels, size = real.shape[1], real.shape[2]
+    channels, size, _ = bench.shape
     levels = (32, 64) if size == 8 else (32, 64, 64)
     model = UNet2DModel(
         sample_size=size, in_channels=channels, out_channels=channels, layers_per_block=2, block_out_channels=levels,
@@ -123,10 +166,10 @@ def diffusers(args: argparse.Namespace, real: Tensor, data_url: str, work: Path,
     print(f"    diffusers: {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
-    steps = args.images // BATCH
+    steps = bench.args.images // BATCH
     rates = get_scheduler("cosine", optimizer, num_warmup_steps=min(500, steps // 10), num_training_steps=steps)
     ema = EMAModel(model.parameters(), decay=EMA_DECAY, use_ema_warmup=False)
-    for x_0 in _batches(real, steps, seed):
+    for x_0 in _batches(bench.real, steps, seed):
         noise = torch.randn_like(x_0)
         t = torch.randint(0, 1000, (len(x_0),))
         loss = torch.nn.functional.mse_loss(model(scheduler.add_noise(x_0, noise, t), t).sample, noise)
@@ -139,18 +182,18 @@ def diffusers(args: argparse.Namespace, real: Tensor, data_url: str, work: Path,
     ema.copy_to(model.parameters())
     model.eval()
     process = GaussianDiffusion.from_config(DiffusionConfig())
-    shape = tuple(real.shape[1:])
-    return _draw(lambda x, t, labels: model(x, t).sample, process, shape, min(len(real), MAX_SAMPLES), seed)
+    return _draw(lambda x, t, labels: model(x, t).sample, process, bench, seed)
 
 
-def lucidrains(args: argparse.Namespace, real: Tensor, data_url: str, work: Path, seed: int) -> Tensor:
+def lucidrains(bench: Bench, settings: list[str], seed: int) -> Tensor:
     """denoising-diffusion-pytorch, in its own environment: v-prediction, sigmoid schedule, as its README shows."""
-    images, samples = work / "real.npy", work / f"lucidrains-{seed}.npy"
-    np.save(images, real.numpy())
+    images, samples = bench.work / "real.npy", bench.work / f"lucidrains-{seed}.npy"
+    np.save(images, bench.real.numpy())
     script = ROOT / "tools" / "bench_quality_lucidrains.py"
-    settings = {"images": args.images, "seed": seed, "lr": LR, "ema": EMA_DECAY, "batch": BATCH}
-    count = min(len(real), MAX_SAMPLES)
-    _run([args.lucidrains, str(script), str(images), str(samples), str(count), json.dumps(settings)])
+    options = {"images": bench.args.images, "seed": seed, "lr": LR, "ema": EMA_DECAY, "batch": BATCH}
+    options |= dict(setting.split("=", 1) for setting in settings)
+    command = [str(script), str(images), str(samples), str(bench.samples), json.dumps(options)]
+    _run([bench.args.lucidrains, *command])
     return torch.from_numpy(np.load(samples))
 
 
@@ -158,14 +201,11 @@ ARMS = {"ours": ours, "diffusers": diffusers, "lucidrains": lucidrains}
 
 
 @torch.no_grad()
-def _draw(
-    network: Callable[..., Tensor], process: GaussianDiffusion, shape: tuple[int, ...], count: int, seed: int
-) -> Tensor:
-    """[count, C, H, W] uint8 by the common sampler."""
-    c, h, w = shape
+def _draw(network: Callable[..., Tensor], process: GaussianDiffusion, bench: Bench, seed: int) -> Tensor:
+    """[samples, C, H, W] uint8 by the common sampler."""
     parts = [
-        sample(network, process, SAMPLER, seed=seed, indices=indices, shape=(c, h, w))
-        for indices in torch.arange(count).split(CHUNK)
+        sample(network, process, SAMPLER, seed=seed, indices=indices, shape=bench.shape)
+        for indices in torch.arange(bench.samples).split(CHUNK)
     ]
     return ((torch.cat(parts) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
@@ -202,19 +242,26 @@ def _report(args: argparse.Namespace, floor: dict[str, float], results: dict[str
     return json.dumps(summary)
 
 
+def _seeds(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", choices=RECIPES)
     parser.add_argument("--arms", default="ours,diffusers", help=f"of {', '.join(ARMS)}")
     parser.add_argument("--images", type=int, default=100_000, help="training images that each arm sees")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=_seeds, default=[0], metavar="0,1,…")
     parser.add_argument("--recipe", help="another file of configs/ for ours, such as digits-eps")
+    parser.add_argument("--samples", type=int, default=5000, help="drawn of each arm, at most")
     parser.add_argument("--lucidrains", default="python", metavar="PYTHON", help="of an environment that has it")
     parser.add_argument("override", nargs="*", metavar="section.key=value", help="for ours")
+    parser.add_argument("--vary", action="append", default=[], metavar="NAME[@ARM]: key=value …", help="one more arm")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="keep each result there and go on from it")
     args = parser.parse_args()
-    unknown = set(args.arms.split(",")) - set(ARMS)
+    unknown = {arm for arm, _ in _arms(args).values()} - set(ARMS)
     if unknown:
-        parser.error(f"--arms: no arm is called {sorted(unknown)[0]!r}; there are {', '.join(ARMS)}")
+        parser.error(f"no arm is called {sorted(unknown)[0]!r}; there are {', '.join(ARMS)}")
     torch.set_num_threads(1)
     return args
 

@@ -8,6 +8,7 @@ schedule and Adam betas are its defaults; the loop is its Trainer's, without its
 
 import json
 import sys
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 from ema_pytorch import EMA
 
 
-def main(real_path: str, samples_path: str, count: int, settings: dict[str, float]) -> None:
+def main(real_path: str, samples_path: str, count: int, settings: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(int(settings["seed"]))
     real = torch.from_numpy(np.load(real_path))
@@ -23,10 +24,16 @@ def main(real_path: str, samples_path: str, count: int, settings: dict[str, floa
     network = Unet(dim=32, dim_mults=(1, 2) if size == 8 else (1, 2, 2), channels=channels, flash_attn=False)
     print(f"lucidrains: {sum(p.numel() for p in network.parameters()):,} parameters", flush=True)
     diffusion = GaussianDiffusion(
-        network, image_size=size, timesteps=1000, sampling_timesteps=50, ddim_sampling_eta=0.0
+        network,
+        image_size=size,
+        timesteps=1000,
+        sampling_timesteps=50,
+        ddim_sampling_eta=0.0,
+        objective=settings.get("objective", "pred_v"),
+        beta_schedule=settings.get("beta_schedule", "sigmoid"),
     )
-    optimizer = torch.optim.Adam(diffusion.parameters(), lr=settings["lr"], betas=(0.9, 0.99))
-    ema = EMA(diffusion, beta=settings["ema"], update_every=1, update_after_step=0)
+    optimizer = torch.optim.Adam(diffusion.parameters(), lr=float(settings["lr"]), betas=(0.9, 0.99))
+    ema = EMA(diffusion, beta=float(settings["ema"]), update_every=1, update_after_step=0)
     batch = int(settings["batch"])
     order = torch.empty(0, dtype=torch.long)
     for _ in range(int(settings["images"]) // batch):
