@@ -15,7 +15,15 @@ from ddpm_dist.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but `1e-4` is a number, as everybody expects."""
+    """YAML 1.1, but `1e-4` is a number, as everybody expects, and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -39,9 +47,9 @@ def parse_config(text: str, overrides: Iterable[str] = (), source: str = "config
     values = parse_yaml(text, source)
     if not isinstance(values, dict):
         raise ConfigError(f"{source}: expected sections such as `run:` and `data:`, found {values!r}")
-    for override in overrides:
+    for override in (overrides := list(overrides)):
         apply_override(values, override)
-    return validate(values, source)
+    return validate(values, f"{source} with {' '.join(overrides)}" if overrides else source)
 
 
 def validate(values: dict[str, Any], source: str) -> Config:
@@ -109,6 +117,8 @@ def _explain(error: Any) -> str:
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
         return f"{key}: unknown key; {hint}"
     if error["type"] == "missing":
+        if len(location) == 1:
+            return f"{key}: this section is missing, and some of its keys have no default; see configs/digits.yaml"
         return f"{key}: missing, and it has no default; give it in the file or as {key}=VALUE"
     message = error["msg"].removeprefix("Value error, ")
     if not key:

@@ -45,10 +45,21 @@ def build(cfg: Config) -> tuple[UNet, GaussianDiffusion]:
 
     model.channels_last and model.compile are left to the engine, as they are about how the network is called.
     """
-    learned = cfg.diffusion.variance in LEARNED
-    config = UNetConfig.from_recipe(cfg.model, cfg.data.image_size, cfg.data.channels, learned)
-    unet = UNet(config).checkpoint(cfg.model.checkpoint_levels).initialize(cfg.run.seed)
+    unet = UNet(network_of(cfg)).checkpoint(cfg.model.checkpoint_levels).initialize(cfg.run.seed)
     return unet, GaussianDiffusion.from_config(cfg.diffusion)
+
+
+def network_of(cfg: Config) -> UNetConfig:
+    """The network that a recipe describes."""
+    learned = cfg.diffusion.variance in LEARNED
+    return UNetConfig.from_recipe(cfg.model, cfg.data.image_size, cfg.data.channels, learned)
+
+
+def network_in(url: str) -> UNetConfig:
+    """The network of a snapshot, by its config alone."""
+    read_index(url)
+    name, data = _read_one(url, UNET_CONFIG, "config.json", sums={})
+    return UNetConfig.from_diffusers(_parse(data, f"{storage.redact(url)}/{name}"), f"{storage.redact(url)}/{name}")
 
 
 def save_snapshot(

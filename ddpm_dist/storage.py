@@ -9,8 +9,10 @@ object, access denied) is raised at once. Everything here may be called from any
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,8 @@ def filesystem(url: str) -> tuple[Any, str]:
         local = Path(rest if colon else url).absolute()
         raise StorageError(f"{redact(url)}: not an absolute URL; write file://{local} or s3://bucket/folder")
     options: dict[str, Any] = {}
+    if protocol == "s3" and not re.fullmatch(r"[A-Za-z0-9][\w.:-]{1,254}(/.*)?", rest, re.DOTALL):
+        raise StorageError(f"{redact(url)}: names no bucket; write s3://BUCKET/FOLDER")
     if protocol == "s3":
         options = {
             "use_listings_cache": False,
@@ -81,7 +85,7 @@ def filesystem(url: str) -> tuple[Any, str]:
     try:
         fs, path = url_to_fs(url, **options)
     except (ValueError, ImportError) as error:
-        raise StorageError(f"{redact(url)}: {error}") from None
+        raise StorageError(f"{redact(url)}: {error}; write s3://BUCKET/FOLDER or file:///FOLDER") from None
     if protocol == "s3":
         fs.retries = 1  # one layer retries: ours, which knows the patience and says what it does
         _held.setdefault(os.getpid(), {})[id(fs)] = fs
@@ -249,14 +253,23 @@ def delete_tree(url: str, patience_s: float = PATIENCE_S) -> None:
         pass
 
 
-def check_access(url: str, patience_s: float = 8.0) -> None:
-    """Raises within about `patience_s`, with the reason, if the bucket of a URL can't be reached, found or used."""
-    fs, path = filesystem(url)
-    if _is_s3(fs):
-        bucket = path.split("/")[0]
-        # A listing, since the answer to a HEAD carries no reason.
-        options = {"Bucket": bucket, "MaxKeys": 1, "timeout": patience_s}
-        retry(lambda: fs.call_s3("list_objects_v2", **options), f"s3://{bucket}", patience_s)
+def check_access(url: str, name: str | None = None, patience_s: float = 9.0) -> None:
+    """Raises within about `patience_s`, with the reason, if the bucket of a URL can't be reached, found or used.
+
+    name: the key or argument that holds the URL, which then begins the message.
+    """
+    try:
+        fs, path = filesystem(url)
+        if _is_s3(fs):
+            bucket = path.split("/")[0]
+            # A listing, since the answer to a HEAD carries no reason. A store that is slow once is asked again.
+            options = {"Bucket": bucket, "MaxKeys": 1, "timeout": patience_s / 3}
+            ask = partial(fs.call_s3, "list_objects_v2", **options)
+            retry(ask, f"s3://{bucket}", patience_s, level=logging.DEBUG)
+    except StorageError as error:
+        if name is None:
+            raise
+        raise type(error)(f"{name}: {error}") from None
 
 
 def clear_instances() -> None:

@@ -29,10 +29,11 @@ _TRANSIENT_STATUS = {408, 409, 425, 429}
 _ACCESS_CODES = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired", "AuthorizationHeaderMalformed"}
 
 
-def retry(action: Callable[[], T], url: str, patience_s: float = PATIENCE_S) -> T:
+def retry(action: Callable[[], T], url: str, patience_s: float = PATIENCE_S, level: int = logging.WARNING) -> T:
     """`action()`, again after transient errors until `patience_s` is over; raises a StorageError.
 
-    Pauses double from 0.1 s to 5 s, with jitter, so that a thousand ranks don't come back as one.
+    Pauses double from 0.1 s to 5 s, with jitter, so that a thousand ranks don't come back as one. level: of the log's
+    line for each attempt that failed.
     """
     began = time.monotonic()
     attempt = 0
@@ -53,7 +54,7 @@ def retry(action: Callable[[], T], url: str, patience_s: float = PATIENCE_S) -> 
         if waited + pause > patience_s:
             tries = f"{attempt} attempt{'s' if attempt > 1 else ''} in {waited:.0f} s"
             raise type(failure)(f"{failure}; given up after {tries}") from None
-        log.warning("storage: %s; attempt %d in %.1f s", failure, attempt + 1, pause)
+        log.log(level, "storage: %s; attempt %d in %.1f s", failure, attempt + 1, pause)
         time.sleep(pause)
 
 
@@ -73,14 +74,17 @@ def classify(error: BaseException, url: str) -> StorageError:
         return StorageError(f"{place}: the store answered {status} {code}: {text}")
     if status is not None:
         return UnreachableError(f"{place}: the store answered {status} {code}: {text}")
+    if isinstance(error, ValueError) and text.startswith("Invalid endpoint"):
+        return StorageError(f"AWS_ENDPOINT_URL: {_endpoint()!r} is no endpoint; write http://HOST:PORT or https://HOST")
     if isinstance(error, (IsADirectoryError, NotADirectoryError, FileExistsError, ValueError, TypeError)):
         return StorageError(f"{place}: {text or type(error).__name__}")
     if isinstance(error, OSError) and error.errno in _HOPELESS_ERRNO:
         return StorageError(f"{place}: {error.strerror or text}")
     if type(error).__name__ in ("ParamValidationError", "ProfileNotFound", "InvalidEndpointConfigurationError"):
         return StorageError(f"{place}: {text}")
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    at = f"; AWS_ENDPOINT_URL is {redact(endpoint)}" if endpoint and place.startswith("s3://") else ""
+    at = f"; AWS_ENDPOINT_URL is {_endpoint()}" if _endpoint() and place.startswith("s3://") else ""
+    if isinstance(error, TimeoutError):
+        return UnreachableError(f"{place}: no answer from the store in time{at}")
     return UnreachableError(f"{place}: the store doesn't answer as it should ({type(error).__name__}: {text}){at}")
 
 
@@ -102,6 +106,10 @@ def redact(text: str) -> str:
         if value:
             text = text.replace(value, f"${name}")
     return text
+
+
+def _endpoint() -> str:
+    return redact(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
 
 
 def _lacks_credentials(error: BaseException) -> bool:

@@ -18,7 +18,7 @@ from ddpm_dist.evaluation import command
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    command.run(command.parser(__doc__ or "").parse_args(arguments))
+    command.run(command.parser(__doc__ or "").parse_intermixed_args(arguments))
 
 
 if __name__ == "__main__":

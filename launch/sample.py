@@ -16,7 +16,7 @@ from ddpm_dist.sampling import command
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = command.parser(__doc__ or "")
-    for result in command.run(parser.parse_args(arguments)):
+    for result in command.run(parser.parse_intermixed_args(arguments)):
         print(command.describe(result), flush=True)
 
 

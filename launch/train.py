@@ -17,7 +17,7 @@ from ddpm_dist.training.entry import finished, ray_worker, report_end
 
 def main(argv: Sequence[str] | None) -> None:
     """Checks everything that can be checked without workers, then trains until the run is finished."""
-    cfg = cli.config_from(cli.config_parser("Train a DDPM on a Ray cluster.").parse_args(argv))
+    cfg = cli.config_from(cli.config_parser("Train a DDPM on a Ray cluster.").parse_intermixed_args(argv))
     token = run_folder.new_token()
     if not finished(cfg, token):
         connect()

@@ -13,7 +13,7 @@ def main(argv: Sequence[str] | None) -> None:
     """One process for each slot of the hostfile runs this."""
     parser = cli.config_parser("Train a DDPM under DeepSpeed's launcher.")
     parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher; LOCAL_RANK is used")
-    cfg = cli.config_from(parser.parse_args(argv))
+    cfg = cli.config_from(parser.parse_intermixed_args(argv))
     world = deepspeed_worker(cfg)
     if world.is_first:
         report_end(cfg)

@@ -170,15 +170,19 @@ def index_bytes(index: DataIndex) -> bytes:
     return (json.dumps(head, indent=1)[:-2] + ',\n "shards": [\n' + rows + "\n]\n}\n").encode()
 
 
-def load_index(url: str) -> DataIndex:
-    """The index of the data set at a URL; NotFoundError, DataError say what to do where there is none."""
+def load_index(url: str, name: str | None = None) -> DataIndex:
+    """The index of the data set at a URL; NotFoundError, DataError say what to do where there is none.
+
+    name: the key or argument that holds the URL, for the message.
+    """
     place = storage.redact(storage.join(url, INDEX_NAME))
     try:
         data = storage.read(storage.join(url, INDEX_NAME))
     except NotFoundError as error:
-        storage.check_access(url)
+        storage.check_access(url, name)
+        key = f"{name}: " if name else ""
         raise NotFoundError(
-            f"data.url: {place}: {str(error).rpartition(': ')[2]}; tools/make_shards.py writes a data set, "
+            f"{key}{place}: {str(error).rpartition(': ')[2]}; tools/make_shards.py writes a data set, "
             f"tools/index_shards.py indexes one that exists"
         ) from None
     try:

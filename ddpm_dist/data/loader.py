@@ -151,7 +151,7 @@ def open_sets(cfg: Config) -> tuple[list[DataIndex], list[float]]:
 
 def open_urls(urls: Mapping[str, float], exclude_shards: Iterable[str] = ()) -> tuple[list[DataIndex], list[float]]:
     """As `open_sets`, of {URL: weight}."""
-    found = [(load_index(url), weight) for url, weight in urls.items()]
+    found = [(load_index(url, "data.url"), weight) for url, weight in urls.items()]
     excluded = set(exclude_shards)
     unknown = excluded - {shard.name for index, _ in found for shard in index.shards}
     if unknown:

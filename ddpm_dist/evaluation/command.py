@@ -16,6 +16,7 @@ from ddpm_dist.evaluation.report import write_report
 from ddpm_dist.recipe import load_config, parse_config
 from ddpm_dist.sampling import command as sampling_command
 from ddpm_dist.sampling.job import load_manifest
+from ddpm_dist.training.run_folder import snapshot_at
 
 NEAREST = 10
 """Samples whose nearest training images are shown."""
@@ -52,6 +53,8 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Does what the arguments ask for, and prints the result."""
+    if args.snapshot:
+        args.snapshot = snapshot_at(args.snapshot)
     run_url = args.follow or args.report
     cfg = _run_config(run_url, args.overrides) if run_url else _config(args)
     sampling_command.print_if_asked(args, cfg)

@@ -37,9 +37,9 @@ def worker_factory(cluster: ClusterConfig) -> "partial[EvaluationWorker]":
 def run(order: Order, workers: tuple[int, int], cluster: ClusterConfig) -> dict[str, Any]:
     """Evaluates, publishes the result into order.out if it is given, and returns it."""
     check(order)
-    for url in (order.samples, order.data):
+    for name, url in (("--samples", order.samples), ("data.url", order.data)):
         if url is not None:
-            load_index(url)  # a folder that holds nothing is said before any worker starts
+            load_index(url, name)  # a folder that holds nothing is said before any worker starts
     with ActorPool(worker_factory(cluster), workers, cluster) as pool:
         return evaluate(order, pool, workers[1], cluster)
 

@@ -61,7 +61,8 @@ def network_specs(wanted: Sequence[metrics.Metric], urls: Mapping[str, str]) -> 
         name = metric.network
         if name not in ("pixel", "lite0") and name not in urls:
             raise EvaluationError(
-                f"{name}: where are its weights? Give --network {name}=URL (known without one: pixel, lite0)"
+                f"evaluation.metrics: {metric.kind}_{name}: where are the weights of {name}? Give --network "
+                f"{name}=URL (known without one: pixel, lite0)"
             )
         specs[name] = f"{name}={urls[name]}" if name in urls else name
     return specs

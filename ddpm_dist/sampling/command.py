@@ -12,7 +12,7 @@ from ddpm_dist.config import Config
 from ddpm_dist.errors import ConfigError, SamplingError
 from ddpm_dist.recipe import apply_override, dump_config, load_config, parse_yaml, validate
 from ddpm_dist.sampling import job
-from ddpm_dist.training.run_folder import newest_snapshot
+from ddpm_dist.training.run_folder import newest_snapshot, snapshot_at
 
 _FREE_SECTIONS = ("sampling", "cluster", "evaluation")
 
@@ -22,7 +22,9 @@ def parser(description: str) -> argparse.ArgumentParser:
         description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_config_arguments(parser)
-    parser.add_argument("--snapshot", metavar="URL", nargs="+", help="default: the newest of run.url")
+    parser.add_argument(
+        "--snapshot", metavar="URL", action="append", help="or a run, for its newest; default: of run.url"
+    )
     parser.add_argument("--out", metavar="URL", help="folder for the samples; default: run.url/samples/<step>-<seed>")
     parser.add_argument("--num-samples", type=int, metavar="N", help="default: evaluation.num_samples")
     parser.add_argument("--seed", type=int, default=0)
@@ -44,20 +46,20 @@ def run(args: argparse.Namespace) -> list[job.Result]:
     """Does what the arguments ask for."""
     if args.config is None and not args.snapshot:
         raise SamplingError("give --snapshot URL, or --config FILE for the newest snapshot of its run")
+    snapshots = [snapshot_at(url) for url in args.snapshot or ()]
     if args.config:
         cfg = load_config(args.config, args.overrides)
     else:
-        cfg = stored_config(args.snapshot[0], args.overrides)
+        cfg = stored_config(snapshots[0], args.overrides)
     print_if_asked(args, cfg)
-    orders = make_orders(args, cfg, args.snapshot or [newest(cfg)])
+    orders = make_orders(args, cfg, snapshots or [newest(cfg)])
+    if len(orders) > 1 and (args.npz or args.png):
+        raise SamplingError(f"--npz and --png: of one set of samples, and this job makes {len(orders)}; make it first")
     results = job.run(orders, workers(args.workers, cfg), cfg.cluster)
-    if args.npz or args.png:
-        if len(results) > 1:
-            raise SamplingError("--npz and --png: of one set of samples, not of a sweep; the samples are there")
-        if args.npz:
-            job.export_npz(results[0].out, args.npz)
-        if args.png:
-            job.export_png(results[0].out, args.png)
+    if args.npz:
+        job.export_npz(results[0].out, args.npz)
+    if args.png:
+        job.export_png(results[0].out, args.png)
     return results
 
 

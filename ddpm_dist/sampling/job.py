@@ -148,7 +148,7 @@ def _draft(order: Order) -> _Draft:
             f"sampling.guidance_scale: {order.sampling.guidance_scale}: this snapshot's network is unconditional, it "
             "can't be guided; use 1"
         )
-    storage.check_access(order.out)
+    storage.check_access(order.out, "--out")
     stored = load_manifest(order.out)
     if stored is None and storage.list_names(order.out):
         raise SamplingError(

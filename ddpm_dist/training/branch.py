@@ -6,13 +6,18 @@ step count, so that a branch goes on as its origin would. Either way the new run
 
 import logging
 
+import torch
+
 from ddpm_dist import snapshot, storage
 from ddpm_dist.config import Config
 from ddpm_dist.distributed.checkpoint import read_state
 from ddpm_dist.distributed.engine import Engine
 from ddpm_dist.distributed.state_format import MANIFEST
 from ddpm_dist.distributed.state_history import newest_state
+from ddpm_dist.distributed.state_reader import read_manifest
 from ddpm_dist.errors import ConfigError
+from ddpm_dist.models.config import UNetConfig
+from ddpm_dist.models.unet import UNet
 from ddpm_dist.training.ema import Ema
 from ddpm_dist.training.run_folder import newest_snapshot
 
@@ -37,8 +42,22 @@ def find_origin(url: str) -> str:
 
 def check_origin(cfg: Config) -> None:
     """Raises before any worker starts if run.init_from can't be what this run starts from."""
-    if cfg.run.init_from is not None:
-        find_origin(cfg.run.init_from)
+    if cfg.run.init_from is None:
+        return
+    origin = find_origin(cfg.run.init_from)
+    if storage.exists(storage.join(origin, MANIFEST)):
+        theirs = {name: tuple(shape) for name, shape in read_manifest(origin).shapes.items()}
+    else:
+        theirs = _shapes(snapshot.network_in(origin))
+    ours = _shapes(snapshot.network_of(cfg))
+    differing = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
+    if differing:
+        first = differing[0]
+        raise ConfigError(
+            f"run.init_from: the network of {storage.redact(origin)} is another one than model.* describes: "
+            f"{len(differing)} parameters differ, the first is {first} "
+            f"({theirs.get(first, 'absent')} there, {ours.get(first, 'absent')} here)"
+        )
 
 
 def init_from(url: str, engine: Engine, ema: Ema) -> None:
@@ -57,20 +76,11 @@ def init_from(url: str, engine: Engine, ema: Ema) -> None:
 def _from_snapshot(url: str, engine: Engine) -> None:
     network, _ = snapshot.load_snapshot(url)
     weights = dict(network.named_parameters())
-    theirs = {name: parameter.shape for name, parameter in weights.items()}
-    if theirs != engine.shapes:
-        differing = sorted(
-            name for name in theirs.keys() | engine.shapes.keys() if theirs.get(name) != engine.shapes.get(name)
-        )
-        raise ConfigError(
-            f"run.init_from: the network of {storage.redact(url)} is another one than model.* describes: "
-            f"{len(differing)} parameters differ, the first is {differing[0]} "
-            f"({_shape(theirs.get(differing[0]))} there, {_shape(engine.shapes.get(differing[0]))} here)"
-        )
     for piece in engine.pieces():
         flat = weights[piece.name].detach().view(-1)
         piece.weights.copy_(flat[piece.offset : piece.offset + piece.numel])
 
 
-def _shape(shape: object) -> str:
-    return "absent" if shape is None else str(tuple(shape))  # type: ignore[arg-type]
+def _shapes(config: UNetConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in UNet(config).named_parameters()}

@@ -38,7 +38,7 @@ def check(cfg: Config) -> None:
 
     Writes nothing. Raises StorageError, or ConfigError with the list of identity keys that differ.
     """
-    storage.check_access(cfg.run.url)
+    storage.check_access(cfg.run.url, "run.url")
     old = _saved_config(cfg.run.url)
     if old is None or not storage.list_names(storage.join(cfg.run.url, "checkpoints", "owner")):
         return  # nobody has trained here yet: a configuration that never worked binds nobody
@@ -173,6 +173,13 @@ def newest_snapshot(run_url: str) -> str | None:
         if storage.exists(storage.join(url, "model_index.json")):
             return url
     return None
+
+
+def snapshot_at(url: str) -> str:
+    """What a URL means where a snapshot is asked for: itself, or the newest one of a run's folder."""
+    if storage.exists(storage.join(url, "model_index.json")):
+        return url
+    return newest_snapshot(url) or url
 
 
 def last_sign_of_life(run_url: str) -> float | None:

@@ -63,7 +63,7 @@ def test_a_recipe_tells_snapshot_folder_and_number(recipe: str, tmp_path: Path) 
 def test_a_sweep_is_every_combination_snapshot_by_snapshot(url: str, tmp_path: Path) -> None:
     other = make_snapshot(f"file://{tmp_path}/snapshots/000000020", seed=1)
     sweep = ["--sweep", "sampling.steps=2,4", "--sweep", "sampling.eta=0,0.5"]
-    swept = orders("--snapshot", url, other, "--out", "memory://o", *sweep)
+    swept = orders("--snapshot", url, "--snapshot", other, "--out", "memory://o", *sweep)
     assert [order.snapshot for order in swept] == [url] * 4 + [other] * 4
     assert [(order.sampling.steps, order.sampling.eta) for order in swept[:4]] == [
         (2, 0.0),
