@@ -49,7 +49,7 @@ def parse_config(text: str, overrides: Iterable[str] = (), source: str = "config
         raise ConfigError(f"{source}: expected sections such as `run:` and `data:`, found {values!r}")
     for override in (overrides := list(overrides)):
         apply_override(values, override)
-    return validate(values, f"{source} with {' '.join(overrides)}" if overrides else source)
+    return validate(values, f"{source} and the command line" if overrides else source)
 
 
 def validate(values: dict[str, Any], source: str) -> Config:

@@ -22,6 +22,8 @@ PATIENCE_S = 60.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 
 _SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+SHORTEST_SECRET = 6
+"""A shorter value, as of an emulator's user "any", is part of ordinary words."""
 _HOPELESS_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.EFBIG}
 _TRANSIENT_CODES = {"RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "OperationAborted"}
 """Answers with a status below 500 that say that the way to the store failed, not the request."""
@@ -74,7 +76,7 @@ def classify(error: BaseException, url: str) -> StorageError:
         return StorageError(f"{place}: the store answered {status} {code}: {text}")
     if status is not None:
         return UnreachableError(f"{place}: the store answered {status} {code}: {text}")
-    if isinstance(error, ValueError) and text.startswith("Invalid endpoint"):
+    if isinstance(error, ValueError) and str(error).startswith("Invalid endpoint"):
         return StorageError(f"AWS_ENDPOINT_URL: {_endpoint()!r} is no endpoint; write http://HOST:PORT or https://HOST")
     if isinstance(error, (IsADirectoryError, NotADirectoryError, FileExistsError, ValueError, TypeError)):
         return StorageError(f"{place}: {text or type(error).__name__}")
@@ -103,7 +105,7 @@ def redact(text: str) -> str:
     text = re.sub(r"(\w+://[^\s?]*)\?\S*", r"\1", text)
     for name in _SECRETS:
         value = os.environ.get(name)
-        if value:
+        if value and len(value) >= SHORTEST_SECRET:
             text = text.replace(value, f"${name}")
     return text
 
