@@ -26,8 +26,8 @@ test-hosts: $(INSTALLED)  ## several hosts on this machine (network namespaces: 
 	@if ls tests/hosts/test_*.py >/dev/null 2>&1; then exec $(PYTEST) -m hosts tests/hosts; \
 	else echo '*** test-hosts: NOTHING RAN, tests/hosts has no tests ***'; fi
 
-test-fid: .venv-fid/.installed  ## FID's network against torch-fidelity, in a virtual environment of its own
-	@OMP_NUM_THREADS=1 .venv-fid/bin/python -m pytest -m fid tests/evaluation
+test-fid: $(INSTALLED) .venv-fid/.installed  ## FID's network against torch-fidelity, which gets an environment of its own (6 GB)
+	@$(PYTEST) -m fid tests/evaluation
 
 check: $(INSTALLED)  ## formatter, linter, types, layering
 	@$(BIN)/ruff format --check .
@@ -40,18 +40,18 @@ clean:  ## removes what can be made again: virtual environments, caches, out/dem
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): setup.py constraints.txt
-	@$(call create_environment,$(VENV),test$(,)dev)
+	@$(call create_environment,$(VENV),--constraint constraints.txt --editable '.[test$(,)dev]')
 
-.venv-fid/.installed: setup.py constraints.txt
-	@$(call create_environment,.venv-fid,test$(,)fid)
+.venv-fid/.installed: tests/evaluation/requirements-fid.txt
+	@$(call create_environment,.venv-fid,--requirement $<)
 
 , := ,
 
-# $(1): folder, $(2): extras. The stamp is written last, so that a set-up that was broken off is done again.
+# $(1): folder, $(2): what pip installs. The stamp is written last, so that a set-up that was broken off is done again.
 define create_environment
 $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; make PYTHON=/path/to/python3.11")'
-@echo "installing into $(1) (once; a minute or two, about 2 GB)"
+@echo "installing into $(1) (once; it takes a few minutes and gigabytes)"
 @test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
-@$(1)/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[$(2)]'
+@$(1)/bin/python -m pip install -qq --disable-pip-version-check $(2)
 @touch $@
 endef

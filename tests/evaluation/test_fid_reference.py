@@ -1,24 +1,31 @@
-"""FID's network against torch-fidelity, with the same random weights (`make test-fid`: it needs torchvision)."""
+"""FID's network against torch-fidelity, with the same random weights (`make test-fid`).
 
+torch-fidelity needs torchvision, which doesn't load beside every build of torch: it runs in an environment of its own.
+"""
+
+import os
+import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from ddpm_dist.evaluation import inception
 
 pytestmark = pytest.mark.fid
 
+ROOT = Path(__file__).resolve().parents[2]
+PYTHON = os.environ.get("FID_PYTHON", str(ROOT / ".venv-fid/bin/python"))
+
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, inception.FidInception]:
-    """torch-fidelity's extractor and ours, with random weights that keep activations alive."""
-    reference = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+def network() -> inception.FidInception:
+    """Ours, with random weights that keep activations alive."""
     generator = torch.Generator().manual_seed(0)
-    ours = inception.FidInception().eval()
+    network = inception.FidInception().eval()
     with torch.no_grad():
-        for name, value in ours.state_dict().items():
+        for name, value in network.state_dict().items():
             if name.endswith("conv.weight"):
                 fan = value[0].numel()
                 value.copy_(torch.randn(value.shape, generator=generator) * (2 / fan) ** 0.5)
@@ -26,23 +33,21 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, inc
                 value.copy_(0.5 + torch.rand(value.shape, generator=generator))
             elif value.is_floating_point():
                 value.copy_(0.1 * torch.randn(value.shape, generator=generator))
-    path: Path = tmp_path_factory.mktemp("weights") / "random.pth"
-    torch.save(ours.state_dict(), path)
-    names = ["2048", "logits_unbiased"]
-    theirs = reference.FeatureExtractorInceptionV3("inception-v3-compat", names, str(path)).eval()
-    return theirs, ours
+    return network
 
 
 @pytest.mark.parametrize("size", [32, 64, 299])
-def test_features_and_logits_are_torch_fidelitys(
-    pair: tuple[torch.nn.Module, inception.FidInception], size: int
-) -> None:
-    theirs, ours = pair
-    images = torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+def test_features_and_logits_are_torch_fidelitys(network: inception.FidInception, size: int, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8, generator=generator)
+    torch.save(network.state_dict(), tmp_path / "random.pth")
+    np.save(tmp_path / "images.npy", images.numpy())
+    script = str(Path(__file__).with_name("fid_reference.py"))
+    files = [str(tmp_path / name) for name in ("random.pth", "images.npy", "theirs.npz")]
+    subprocess.run([PYTHON, script, *files], check=True, timeout=300)
+    theirs = np.load(tmp_path / "theirs.npz")
     with torch.no_grad():
-        expected: tuple[Tensor, Tensor] = theirs(images)
-        resized = inception.resize_like_tensorflow(images.float())
-        features, logits, _ = ours((resized - 128) / 128)
-    assert expected[0].std() > 0.01
-    torch.testing.assert_close(features, expected[0], rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(logits, expected[1], rtol=1e-3, atol=1e-3)
+        features, logits, _ = network((inception.resize_like_tensorflow(images.float()) - 128) / 128)
+    assert theirs["features"].std() > 0.01
+    torch.testing.assert_close(features, torch.from_numpy(theirs["features"]), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(logits, torch.from_numpy(theirs["logits"]), rtol=1e-3, atol=1e-3)
