@@ -20,7 +20,7 @@ from ddpm_dist.recipe import validate
 from ddpm_dist.rng import normal
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload([__name__, "ddpm_dist.training.entry"])
+_CONTEXT.set_forkserver_preload([__name__, "ddpm_dist.training.entry", "s3fs"])
 BATCH = 8
 SIZE = 8
 
