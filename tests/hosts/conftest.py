@@ -32,7 +32,7 @@ class Site:
         return self["worker-a"], self["worker-b"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def site() -> Iterator[Site]:
     """The hosts with everything running and the digits in the bucket; this process's AWS_* lead to it."""
     lacking = missing()

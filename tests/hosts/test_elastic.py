@@ -1,0 +1,157 @@
+"""A host of an elastic run loses its power, or its network, and comes back: no batch is lost, doubled or changed."""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from ddpm_dist import storage
+from ddpm_dist.data.loader import Loader
+from ddpm_dist.distributed.state_history import latest_step
+from ddpm_dist.recipe import parse_config
+from tests.hosts.cluster import Job
+from tests.hosts.conftest import BUCKET, Site
+from tests.hosts.network import Host
+from tests.hosts.train_recorded import record_of
+from tests.integration import jobs
+
+pytestmark = [pytest.mark.hosts, pytest.mark.timeout(420)]
+STATE_EVERY = 10
+CUT_S = 20.0
+ENDLESS = 1_000_000
+
+
+@dataclass
+class Attempt:
+    """One group of workers, as its ranks recorded it."""
+
+    world: int
+    began: float
+    keys: dict[int, dict[int, list[str]]]
+    """{step: {rank: keys}}."""
+
+    @property
+    def first(self) -> int:
+        return min(self.keys)
+
+    @property
+    def last(self) -> int:
+        return max(self.keys)
+
+    def global_batches(self) -> Iterator[tuple[int, list[str]]]:
+        """(step, keys of all ranks in their order) of the steps that all ranks took."""
+        for step, ranks in self.keys.items():
+            if len(ranks) == self.world:
+                yield step, [key for rank in range(self.world) for key in ranks[rank]]
+
+
+class ElasticRun:
+    """An endless training of one or two workers, submitted from the desk."""
+
+    def __init__(self, site: Site, name: str) -> None:
+        self.site, self.url = site, f"s3://{BUCKET}/{name}"
+        self.job: Job = site.ray.submit(
+            {"launch/train.py": "tests/hosts/train_recorded.py", "configs/cifar10.yaml": "configs/digits.yaml",
+             "BUCKET/runs/first": f"{BUCKET}/{name}", "BUCKET/cifar10": f"{BUCKET}/data", "[4,16]": "[1,2]"},
+            [*jobs.SMALL, "cluster.gpus_per_worker=0", f"train.steps={ENDLESS}", "precision=fp32",
+             f"checkpoint.every_steps={STATE_EVERY}", "logging.every_steps=100", "ema.warmup=false"],
+        )  # fmt: skip
+
+    @property
+    def newest_state(self) -> int:
+        return latest_step(self.url) or 0
+
+    def until_state(self, step: int) -> None:
+        self.job.until(lambda: self.newest_state >= step)
+
+    def until_attempt(self, number: int, world: int) -> int:
+        """Waits until an attempt has begun, which has to have so many workers; the newest state before that."""
+        states = [self.newest_state]
+
+        def begun() -> bool:
+            state, there = self.newest_state, len(self.attempts()) > number
+            if not there:
+                states.append(state)
+            return there
+
+        self.job.until(begun)
+        assert self.attempts()[number].world == world
+        return states[-1]
+
+    def host_of(self, rank: int) -> Host:
+        """Where a rank of the newest attempt runs."""
+        found = [(entry["time"], host) for host in self.site.workers for entry in self._entries(host)
+                 if entry["rank"] == rank]  # fmt: skip
+        return max(found, key=lambda pair: pair[0])[1]
+
+    def attempts(self) -> list[Attempt]:
+        """In the order in which they began."""
+        found: dict[str, Attempt] = {}
+        for host in self.site.workers:
+            for entry in self._entries(host):
+                attempt = found.setdefault(entry["group"], Attempt(entry["world"], entry["time"], {}))
+                attempt.began = min(attempt.began, entry["time"])
+                attempt.keys.setdefault(entry["step"], {})[entry["rank"]] = entry["keys"]
+        return sorted(found.values(), key=lambda attempt: attempt.began)
+
+    def stop(self) -> int:
+        """Asks the run to end; the step at which it did."""
+        storage.publish(f"{self.url}/stop", b"")
+        assert "stopped at step" in self.job.finish()
+        return self.newest_state
+
+    def _entries(self, host: Host) -> list[dict]:
+        record = record_of(self.url, host.home)
+        return [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+
+
+def check_batches(run: ElasticRun, steps: int) -> None:
+    """Each global batch of each attempt is the planned one, and none is missing."""
+    cfg = parse_config(storage.read(f"{run.url}/config.yaml").decode())
+    plan, taken = Loader(cfg, rank=0, world=1), set()
+    planned = [keys.keys for keys, _ in zip(plan.batches(0), range(run.attempts()[-1].last + 1), strict=False)]
+    plan.close()
+    for attempt in run.attempts():
+        for step, keys in attempt.global_batches():
+            assert keys == planned[step], f"step {step} of {attempt.world} workers"
+            taken.add(step)
+    assert taken >= set(range(steps))
+
+
+def test_a_host_loses_power_and_comes_back(site: Site) -> None:
+    run = ElasticRun(site, "power")
+    run.until_state(STATE_EVERY)
+    victim, saved = run.host_of(rank=1), run.newest_state
+    assert run.attempts()[0].world == 2
+    victim.power_cut()
+    saved = max(saved, run.until_attempt(1, world=1))
+    assert run.attempts()[1].first == saved
+    run.until_state(saved + STATE_EVERY)
+
+    victim.boot()
+    site.ray.add(victim)
+    saved = run.until_attempt(2, world=2)
+    assert run.attempts()[2].first >= saved
+    run.until_state(run.attempts()[2].first + STATE_EVERY)
+    check_batches(run, run.stop())
+
+
+def test_a_host_is_cut_off_for_a_while(site: Site) -> None:
+    run = ElasticRun(site, "cut")
+    run.until_state(STATE_EVERY)
+    victim, saved = run.host_of(rank=0), run.newest_state
+    victim.cut()
+    time.sleep(CUT_S)
+    victim.heal()
+    saved = max(saved, run.until_attempt(1, world=1))
+    assert run.attempts()[1].first == saved
+    run.until_state(saved + STATE_EVERY)
+    print(victim.run("ps aux --forest; ls /tmp/ray"))
+
+    site.ray.add(victim)
+    saved = run.until_attempt(2, world=2)
+    assert run.attempts()[2].first >= saved
+    run.until_state(run.attempts()[2].first + STATE_EVERY)
+    check_batches(run, run.stop())
