@@ -7,7 +7,8 @@ Each contender runs in a process of its own and fills uint8 batches of 128: a fi
 second one, and a cold start at 90 % of an epoch. `own` is each peer with Pillow, as its documentation shows;
 `fair` is all with our decoders. Ours and WebDataset read the same tars. Peers that aren't importable go into a
 virtual environment beside --folder (their dependencies contradict the project's pins). The last line is one JSON
-object with the medians of the ratios.
+object with the medians of the ratios. With two cores or more, contenders have the first to themselves, with all their
+threads and workers, and the server has the others.
 """
 
 import argparse
@@ -19,6 +20,8 @@ import subprocess
 import sys
 import venv
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,7 @@ PEER_PACKAGES = (
     "tifffile", "transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub==0.36.2",
 )  # fmt: skip
 BASES = 60
+FIRST_CORE = min(os.sched_getaffinity(0))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -57,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sets = {name: (one[0] // (10 if args.quick else 1), *one[1:]) for name, one in SETS.items() if name in args.sets}
     python = peer_python(folder) if args.peer_python is None else args.peer_python
     results: dict[str, list[dict[str, Any]]] = {}
-    with S3Server(folder / f"s3{'-quick' if args.quick else ''}") as server:
+    with elsewhere(), S3Server(folder / f"s3{'-quick' if args.quick else ''}") as server:
         os.environ.update(server.env)
         for name, (count, size, per_shard, encode, extension) in sets.items():
             url = f"s3://{server.bucket}/{name}"
@@ -65,16 +69,16 @@ def main(argv: Sequence[str] | None = None) -> None:
                 write_tars(f"{url}/tars", count, size, per_shard, encode, extension)
             for peer in {"mosaicml", "litdata"} & set(args.peers):
                 if not storage.exists(f"{url}/{peer}/done"):
-                    measure(python, "write", peer, url, size, per_shard, folder, "fair", 0)
+                    measure(python, "write", peer, url, count, size, per_shard, folder, "fair", 0)
                     storage.publish(f"{url}/{peer}/done", b"")
         for turn in range(args.rounds):
-            for name, (_, size, per_shard, *_) in sets.items():
+            for name, (count, size, per_shard, *_) in sets.items():
                 url = f"s3://{server.bucket}/{name}"
                 for decoder, workers in [(d, w) for d in args.decoders for w in args.workers]:
                     for who in rotated(["ours", *args.peers], turn):
                         for what in ("epochs", "resume") if decoder == "fair" and workers == 0 else ("epochs",):
                             program = sys.executable if who == "ours" else python
-                            found = measure(program, what, who, url, size, per_shard, folder, decoder, workers)
+                            found = measure(program, what, who, url, count, size, per_shard, folder, decoder, workers)
                             results.setdefault(f"{name} {decoder} {workers} {who}", []).append(found)
                             print(f"{name} {decoder} workers {workers} {who}: {json.dumps(found)}", flush=True)
     summarise(results)
@@ -103,11 +107,21 @@ def rotated(names: list[str], turn: int) -> list[str]:
     return names[turn % len(names) :] + names[: turn % len(names)]
 
 
+@contextmanager
+def elsewhere() -> Iterator[None]:
+    """This process, and what it starts, leave the first core to the contenders."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores - {FIRST_CORE} or cores)
+    yield
+    os.sched_setaffinity(0, cores)
+
+
 def measure(python: str, *arguments: object) -> dict[str, Any]:
     """What one process of tools/bench_data_peers.py says."""
     command = [python, "-m", "tools.bench_data_peers", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "S3_ENDPOINT_URL": os.environ["AWS_ENDPOINT_URL"]}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    pin = partial(os.sched_setaffinity, 0, {FIRST_CORE})
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, preexec_fn=pin)
     if done.returncode:
         tail = " | ".join(done.stderr.strip().splitlines()[-3:])
         return {"failed": tail}
@@ -179,7 +193,7 @@ def summarise(results: dict[str, list[dict[str, Any]]]) -> None:
     figures = {
         f"{name} {figure}": round(statistics.median(values(runs, figure)), 3)
         for name, runs in results.items()
-        for figure in ("first", "second", "first_cpu", "second_cpu", "resume_s", "peak_MB", "shards_mixed")
+        for figure in ("first", "second", "first_cpu", "second_cpu", "resume_s", "peak_MiB", "shards_mixed")
         if list(values(runs, figure))
     }
     for key, wanted in TARGETS.items():

@@ -1,6 +1,6 @@
 """One contender of tools/bench_data.py in its own process: writes its format, or measures; prints one JSON object.
 
-Arguments: write|epochs|resume, contender, URL, pixels, images a shard, folder, fair|own, workers.
+Arguments: write|epochs|resume, contender, URL, images, pixels, images a shard, folder, fair|own, workers.
 """
 
 import io
@@ -38,6 +38,7 @@ BLOCKS = {32: 64, 256: 32}
 @dataclass(frozen=True)
 class Case:
     url: str
+    images: int
     size: int
     per_shard: int
     cache: Path
@@ -169,7 +170,7 @@ def epochs(contender: Callable[[Case], Iterator[Batches]], case: Case) -> dict[s
         start, spent = time.perf_counter(), cpu_s()
     own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     middle = mixed[len(mixed) // 4 : 3 * len(mixed) // 4]
-    return {**found, "shards_mixed": float(np.mean(middle)), "peak_MB": own / 1e3, "peak_child_MB": children / 1e3}
+    return {**found, "shards_mixed": float(np.mean(middle)), "peak_MiB": own / 1024, "peak_child_MiB": children / 1024}
 
 
 def cpu_s() -> float:
@@ -179,8 +180,8 @@ def cpu_s() -> float:
 
 
 def resume(contender: Callable[[Case, int], Iterator[Batches]], case: Case) -> dict[str, Any]:
-    """Seconds from making the loader to the first batch at 90 % of an epoch, nothing cached."""
-    skip = int(load_index(f"{case.url}/tars").num_samples / BATCH * RESUME_AT)
+    """Seconds from making the loader to the first batch at 90 % of an epoch, nothing cached, no connection open."""
+    skip = int(case.images / BATCH * RESUME_AT)
     start = time.perf_counter()
     for position, (images, _) in enumerate(next(contender(case, skip))):
         if contender is not webdataset or position == skip:
@@ -217,9 +218,9 @@ def write(who: str, case: Case) -> None:
 
 
 def main() -> None:
-    what, who, url, size, per_shard, folder, decoder, workers = sys.argv[1:]
+    what, who, url, images, size, per_shard, folder, decoder, workers = sys.argv[1:]
     cache = Path(tempfile.mkdtemp(prefix=f"{who}-", dir=folder))
-    case = Case(url, int(size), int(per_shard), cache / "data", decoder == "fair", int(workers))
+    case = Case(url, int(images), int(size), int(per_shard), cache / "data", decoder == "fair", int(workers))
     try:
         if what == "write":
             write(who, case)
