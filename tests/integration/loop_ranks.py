@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import signal
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,8 @@ class Faults:
 
     die: tuple[int, int, int] | None = None
     """(rank, step, backward pass): SIGKILL there, in the middle of the step."""
+    die_after_state: int | None = None
+    """... but not before the state of this step is whole."""
     die_at_change: tuple[int, int, bool] | None = None
     """(rank, number, after): SIGKILL at this rank's so-manieth change of what is below `checkpoints/`."""
     nan_at: tuple[int, ...] = ()
@@ -71,20 +74,26 @@ def finish(cfg: Config, size: int, faults: Faults = Faults()) -> str:
     return fingerprint(cfg.run.url)
 
 
-def fingerprint(run_url: str) -> str:
-    """SHA-256 of the weights, moments, averages and scalars of the newest state."""
+def newest_state(run_url: str) -> tuple[fmt.Manifest, dict[tuple[str, str], torch.Tensor]]:
+    """(manifest, {(kind, parameter): 1-D tensor}) of the newest valid state."""
     folder = storage.join(run_url, "checkpoints")
     url = storage.join(folder, str(state_history.read(folder)[1][0]))
     manifest = read_manifest(url)
-    digest = hashlib.sha256(json.dumps([manifest.id.step, manifest.scalars], sort_keys=True).encode())
     targets = [
         Target(kind, name, 0, torch.empty(math.prod(shape)))
         for kind in sorted(manifest.kinds)
         for name, shape in sorted(manifest.shapes.items())
     ]
     read_into(url, manifest, targets)
-    for target in targets:
-        digest.update(f"{target.kind} {target.name}".encode() + target.tensor.numpy().tobytes())
+    return manifest, {(target.kind, target.name): target.tensor for target in targets}
+
+
+def fingerprint(run_url: str) -> str:
+    """SHA-256 of the weights, moments, averages and scalars of the newest state."""
+    manifest, tensors = newest_state(run_url)
+    digest = hashlib.sha256(json.dumps([manifest.id.step, manifest.scalars], sort_keys=True).encode())
+    for (kind, name), tensor in tensors.items():
+        digest.update(f"{kind} {name}".encode() + tensor.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -113,14 +122,14 @@ def steps_of(record: Path) -> dict[int, dict[str, Any]]:
 
 def _rank(world: World, cfg: Config, faults: Faults) -> None:
     cli.setup_logging()
-    install(world, faults)
+    install(world, cfg.run.url, faults)
     deepspeed_worker(cfg)
 
 
-def install(world: World, faults: Faults) -> None:
+def install(world: World, run_url: str, faults: Faults) -> None:
     """Puts the faults in place, in this process, for good."""
     if faults.die is not None and faults.die[0] == world.rank:
-        _die_in_backward(*faults.die[1:])
+        _die_in_backward(*faults.die[1:], run_url, faults.die_after_state or 0)
     if faults.nan_at and world.rank == world.size - 1:
         _spoil(faults.nan_at)
     if faults.record is not None:
@@ -132,7 +141,7 @@ def install(world: World, faults: Faults) -> None:
         _watch_changes(world, faults)
 
 
-def _die_in_backward(step: int, number: int) -> None:
+def _die_in_backward(step: int, number: int, run_url: str, after_state: int) -> None:
     backward = Engine.backward
     passes = [0]
 
@@ -140,6 +149,8 @@ def _die_in_backward(step: int, number: int) -> None:
         done = self.scalars()["optimizer_steps"]
         passes[0] = passes[0] + 1 if done == step else 0
         if passes[0] > number:
+            while (state_history.latest_step(run_url) or 0) < after_state:
+                time.sleep(0.05)
             os.kill(os.getpid(), signal.SIGKILL)
         backward(self, loss)
 
