@@ -109,16 +109,16 @@ def test_mistakes(arguments: list[str], message: str, tmp_path: Path) -> None:
 @pytest.mark.timeout(3600)
 def test_interrupted_and_gone_on_with(tmp_path: Path, mark: str) -> None:
     out = tmp_path / "out"
-    demo = start_demo(out, mark, "--steps", "400")
-    read_until(demo, "step 300/400")
+    demo = start_demo(out, mark, "--steps", "1000")
+    read_until(demo, "step 700/1000")
     os.killpg(demo.pid, signal.SIGINT)
     assert_nothing_stays(demo, mark, patience_s=0)
-    demo = start_demo(out, mark, "--steps", "400")
+    demo = start_demo(out, mark, "--steps", "1000")
     said, _ = demo.communicate(timeout=1800)
     assert demo.returncode == 0, said
-    assert "step 200" in said, "it says where it goes on"
+    assert "step 500" in said, "it says where it goes on"
     assert not with_environment(MARK, mark)
-    check_results(out, images=400 * 128)
+    check_results(out, images=1000 * 32)
 
 
 @pytest.mark.full
