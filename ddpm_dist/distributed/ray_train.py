@@ -107,6 +107,11 @@ def await_resources(workers: int, each: dict[str, float], patience_s: float) -> 
         time.sleep(1.0)
 
 
+def alive_nodes() -> set[str]:
+    """Ids of the nodes that the cluster's head knows to be alive now."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
 def admissible_sizes(cfg: Config) -> list[int]:
     """Numbers of workers that divide the global batch, within cluster.workers (contract 1)."""
     low, high = cfg.worker_range
@@ -172,7 +177,9 @@ class _AdmissibleSizes(ElasticScalingPolicy):
         self._room_seen = False
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
-        possible = super()._count_possible_workers(reserved_resources)
+        # Ray's coordinator hears of a lost node up to 20 s late; workers that it has no room for cost a minute.
+        there = alive_nodes()
+        possible = super()._count_possible_workers({n: r for n, r in reserved_resources.items() if n in there})
         return max((size for size in self._elastic.admissible if size <= possible), default=0)
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:

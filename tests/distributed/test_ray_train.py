@@ -1,6 +1,6 @@
 """What we assume of Ray Train's two policies, and what ours decide with them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +12,7 @@ from ray.train.v2.api.config import FailureConfig, ScalingConfig
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from ddpm_dist.distributed import ray_train
-from ddpm_dist.errors import DdpmDistError, HangError, NonFiniteError, UnreachableError
+from ddpm_dist.errors import DdpmDistError, HangError, LoaderProcessError, NonFiniteError, UnreachableError
 from ddpm_dist.recipe import parse_config
 
 RECIPE = """
@@ -38,6 +38,7 @@ def failure(*errors: BaseException) -> WorkerGroupError:
         ([RuntimeError("the process died")], FailureDecision.RETRY),
         ([UnreachableError("the bucket is away"), RuntimeError("a peer left")], FailureDecision.RETRY),
         ([HangError("no step")], FailureDecision.RETRY),
+        ([LoaderProcessError("killed")], FailureDecision.RETRY),
         ([RuntimeError("a peer left"), NonFiniteError("20 steps")], FailureDecision.RAISE),
     ],
 )
@@ -60,7 +61,9 @@ def test_admissible_sizes_divide_the_global_batch() -> None:
 def policy(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ray_train._AdmissibleSizes]:
     """Our policy over Ray's, with nodes and published states as the test says; time runs without waiting."""
 
-    def make(cpus: list[int], states: list[int | None]) -> ray_train._AdmissibleSizes:
+    def make(cpus: list[int], states: list[int | None], dead: Container[int] = ()) -> ray_train._AdmissibleSizes:
+        nodes = {str(i) for i in range(len(cpus)) if i not in dead}
+        monkeypatch.setattr(ray_train, "alive_nodes", lambda: nodes)
         monkeypatch.setattr(ElasticScalingPolicy, "_maybe_send_resource_request", lambda self: None)
         monkeypatch.setattr(
             ElasticScalingPolicy,
@@ -81,6 +84,12 @@ def test_a_start_takes_the_largest_admissible_size(policy: Callable[..., object]
     decision = policy(cpus, []).make_decision_for_non_running_worker_group()  # type: ignore[attr-defined]
     assert isinstance(decision, ResizeDecision)
     assert decision.num_workers == size
+
+
+def test_a_lost_node_gives_no_room(policy: Callable[..., ray_train._AdmissibleSizes]) -> None:
+    """Though Ray's coordinator still counts it."""
+    decision = policy([4, 4], [], dead={1}).make_decision_for_non_running_worker_group()
+    assert decision.num_workers == 4
 
 
 def test_too_little_room_waits(policy: Callable[..., ray_train._AdmissibleSizes]) -> None:

@@ -32,12 +32,17 @@ class Site:
         return self["worker-a"], self["worker-b"]
 
 
-@pytest.fixture(scope="module")
-def site() -> Iterator[Site]:
-    """The hosts with everything running and the digits in the bucket; this process's AWS_* lead to it."""
+def need_hosts() -> None:
+    """Ends the tests, with an exit code that isn't 0, where hosts can't be made."""
     lacking = missing()
     if lacking:
         pytest.exit(f"*** THE TESTS ON SEVERAL HOSTS CAN'T RUN HERE: missing {', '.join(lacking)} ***", CANT_RUN)
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    """The hosts with everything running and the digits in the bucket; this process's AWS_* lead to it."""
+    need_hosts()
     with pytest.MonkeyPatch.context() as patch, Network(("head", "worker-a", "worker-b", "store", "desk")) as network:
         hosts = network.hosts
         access = start_store(hosts["store"])

@@ -139,6 +139,7 @@ class Host:
         self._network = network
         self._init: subprocess.Popen[bytes] | None = None
         self._pid = 0
+        self._namespace = ""
 
     def boot(self) -> None:
         """Power on. Its files are what they were; nothing runs but the ssh daemon."""
@@ -151,6 +152,7 @@ class Host:
         assert self._init.stdout is not None
         assert self._init.stdout.readline() == b"ready\n", f"{self.name} doesn't boot"
         (self._pid,) = (child.pid for child in psutil.Process(self._init.pid).children())
+        self._namespace = os.readlink(f"/proc/{self._pid}/ns/net")
         self.run("ip link set lo up")
         self._network.plug_in(self._pid, self.interface, self._port, self.address)
         self.run("/usr/sbin/sshd -f $HOME/.sshd_config")
@@ -190,13 +192,23 @@ class Host:
         if self._init is None:
             return
         if self._pid:
-            namespace = os.readlink(f"/proc/{self._pid}/ns/net")
-            subprocess.run(["nsenter", f"--target={self._pid}", "--net", "ip", "link", "del", self.interface])
-            self._init.kill()  # unshare, which takes process 1 along, and that its whole namespace
-            _wait(lambda: not _pids_in(namespace), f"the end of {self.name}")
-        self._init.kill()
+            unplug = ["nsenter", f"--target={self._pid}", "--net", "ip", "link", "del", self.interface]
+            subprocess.run(unplug, stderr=subprocess.DEVNULL)
+        self._init.kill()  # unshare, which takes process 1 along, and that its whole namespace
         self._init.communicate()
+        _wait(lambda: not self.programs(), f"the end of {self.name}")
         self._init, self._pid = None, 0
+
+    def programs(self) -> list[str]:
+        """Names of the programs that run on it."""
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                if os.readlink(entry / "ns/net") == self._namespace:
+                    found.append((entry / "comm").read_text().strip())
+            except OSError:
+                continue  # gone
+        return found
 
     def write(self, name: str, text: str) -> None:
         """A file of its home, readable by its root alone."""
@@ -245,17 +257,6 @@ class Host:
             "PasswordAuthentication no\nKbdInteractiveAuthentication no\nLogLevel ERROR\n"
             "Subsystem sftp internal-sftp\n",
         )
-
-
-def _pids_in(namespace: str) -> list[int]:
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if os.readlink(entry / "ns/net") == namespace:
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
 
 
 def _free_subnet() -> ipaddress.IPv4Network:

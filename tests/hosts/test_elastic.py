@@ -18,9 +18,9 @@ from tests.hosts.train_recorded import record_of
 from tests.integration import jobs
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(420)]
-STATE_EVERY = 10
+STEPS = 150
+STATE_EVERY = 5
 CUT_S = 20.0
-ENDLESS = 1_000_000
 
 
 @dataclass
@@ -36,10 +36,6 @@ class Attempt:
     def first(self) -> int:
         return min(self.keys)
 
-    @property
-    def last(self) -> int:
-        return max(self.keys)
-
     def global_batches(self) -> Iterator[tuple[int, list[str]]]:
         """(step, keys of all ranks in their order) of the steps that all ranks took."""
         for step, ranks in self.keys.items():
@@ -48,14 +44,14 @@ class Attempt:
 
 
 class ElasticRun:
-    """An endless training of one or two workers, submitted from the desk."""
+    """A training of one or two workers, submitted from the desk."""
 
     def __init__(self, site: Site, name: str) -> None:
         self.site, self.url = site, f"s3://{BUCKET}/{name}"
         self.job: Job = site.ray.submit(
             {"launch/train.py": "tests/hosts/train_recorded.py", "configs/cifar10.yaml": "configs/digits.yaml",
              "BUCKET/runs/first": f"{BUCKET}/{name}", "BUCKET/cifar10": f"{BUCKET}/data", "[4,16]": "[1,2]"},
-            [*jobs.SMALL, "cluster.gpus_per_worker=0", f"train.steps={ENDLESS}", "precision=fp32",
+            [*jobs.SMALL, "cluster.gpus_per_worker=0", f"train.steps={STEPS}", "precision=fp32",
              f"checkpoint.every_steps={STATE_EVERY}", "logging.every_steps=100", "ema.warmup=false"],
         )  # fmt: skip
 
@@ -96,62 +92,58 @@ class ElasticRun:
                 attempt.keys.setdefault(entry["step"], {})[entry["rank"]] = entry["keys"]
         return sorted(found.values(), key=lambda attempt: attempt.began)
 
-    def stop(self) -> int:
-        """Asks the run to end; the step at which it did."""
-        storage.publish(f"{self.url}/stop", b"")
-        assert "stopped at step" in self.job.finish()
-        return self.newest_state
-
     def _entries(self, host: Host) -> list[dict]:
         record = record_of(self.url, host.home)
         return [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
 
 
-def check_batches(run: ElasticRun, steps: int) -> None:
-    """Each global batch of each attempt is the planned one, and none is missing."""
-    cfg = parse_config(storage.read(f"{run.url}/config.yaml").decode())
-    plan, taken = Loader(cfg, rank=0, world=1), set()
-    planned = [keys.keys for keys, _ in zip(plan.batches(0), range(run.attempts()[-1].last + 1), strict=False)]
+def check_end(run: ElasticRun) -> None:
+    """The run ends well; each global batch of each attempt is the planned one, and none is missing."""
+    text = run.job.finish()
+    assert f"finished at step {STEPS}" in text
+    assert "Started training worker group of size 1" in text
+    assert text.count("Started training worker group of size 2") == 2
+    plan = Loader(parse_config(storage.read(f"{run.url}/config.yaml").decode()), rank=0, world=1)
+    planned = [batch.keys for batch, _ in zip(plan.batches(0), range(STEPS), strict=False)]
     plan.close()
+    taken = set()
     for attempt in run.attempts():
         for step, keys in attempt.global_batches():
             assert keys == planned[step], f"step {step} of {attempt.world} workers"
             taken.add(step)
-    assert taken >= set(range(steps))
+    assert taken == set(range(STEPS))
 
 
 def test_a_host_loses_power_and_comes_back(site: Site) -> None:
     run = ElasticRun(site, "power")
     run.until_state(STATE_EVERY)
-    victim, saved = run.host_of(rank=1), run.newest_state
-    assert run.attempts()[0].world == 2
+    victim = run.host_of(rank=1)
     victim.power_cut()
-    saved = max(saved, run.until_attempt(1, world=1))
-    assert run.attempts()[1].first == saved
-    run.until_state(saved + STATE_EVERY)
+    saved = run.until_attempt(1, world=1)
+    assert run.attempts()[1].first >= saved >= STATE_EVERY  # what was lost is what no state had
+    run.until_state(saved + STATE_EVERY)  # it goes on with the other host
 
     victim.boot()
     site.ray.add(victim)
     saved = run.until_attempt(2, world=2)
     assert run.attempts()[2].first >= saved
-    run.until_state(run.attempts()[2].first + STATE_EVERY)
-    check_batches(run, run.stop())
+    check_end(run)
 
 
 def test_a_host_is_cut_off_for_a_while(site: Site) -> None:
+    """The host of rank 0, which writes manifests and lease: behind the cut, it is a zombie that comes back."""
     run = ElasticRun(site, "cut")
     run.until_state(STATE_EVERY)
-    victim, saved = run.host_of(rank=0), run.newest_state
+    victim = run.host_of(rank=0)
     victim.cut()
     time.sleep(CUT_S)
     victim.heal()
-    saved = max(saved, run.until_attempt(1, world=1))
-    assert run.attempts()[1].first == saved
+    saved = run.until_attempt(1, world=1)
+    assert run.attempts()[1].first >= saved >= STATE_EVERY
     run.until_state(saved + STATE_EVERY)
-    print(victim.run("ps aux --forest; ls /tmp/ray"))
 
+    run.job.until(lambda: "raylet" not in victim.programs())  # Ray ends on a node that it has given up
     site.ray.add(victim)
     saved = run.until_attempt(2, world=2)
     assert run.attempts()[2].first >= saved
-    run.until_state(run.attempts()[2].first + STATE_EVERY)
-    check_batches(run, run.stop())
+    check_end(run)

@@ -12,6 +12,8 @@ from typing import Any
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[2]
+PAUSE_S = 1.0
+"""Before each batch of a lone worker, so that it doesn't finish the run before its companion is back."""
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
@@ -31,6 +33,7 @@ def recorded_batches(loader: Loader, start_step: int, record: Path, original: An
     group = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     who = {"group": group, "rank": dist.get_rank(), "world": dist.get_world_size()}
     for batch in original(loader, start_step):
+        time.sleep(PAUSE_S if dist.get_world_size() == 1 else 0)
         with record.open("a") as out:
             out.write(json.dumps({**who, "time": time.time(), "step": batch.step, "keys": batch.keys}) + "\n")
         yield batch
