@@ -100,7 +100,8 @@ class RayHosts:
     def add(self, host: Host) -> None:
         """Makes a node of a host that has just been booted."""
         start = documented("ray start --address", {"HEAD_IP": self.head.address, "NODE_IP": host.address})
-        host.run(f"{self.authentication}; {start} --num-cpus=1 {SMALLER}", 120)
+        priority = documented("export RAY_worker_niceness", {})
+        host.run(f"{self.authentication}; {priority}; {start} --num-cpus=1 {SMALLER}", 120)
 
     @property
     def access(self) -> str:

@@ -39,7 +39,7 @@ def need_hosts() -> None:
         pytest.exit(f"*** THE TESTS ON SEVERAL HOSTS CAN'T RUN HERE: missing {', '.join(lacking)} ***", CANT_RUN)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def site() -> Iterator[Site]:
     """The hosts with everything running and the digits in the bucket; this process's AWS_* lead to it."""
     need_hosts()

@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[2]
-PAUSE_S = 1.0
+PAUSE_S = 2.0
 """Before each batch of a lone worker, so that it doesn't finish the run before its companion is back."""
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))

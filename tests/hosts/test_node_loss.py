@@ -18,8 +18,8 @@ from tests.hosts.train_recorded import record_of
 from tests.integration import jobs
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(420)]
-STEPS = 150
-STATE_EVERY = 5
+STEPS = 80
+STATE_EVERY = 3
 CUT_S = 20.0
 
 
