@@ -9,7 +9,8 @@ DdpmDistError
 │   └── ShortReadError       fewer bytes came than were asked for
 ├── DataError                a data set that can't be used as it is
 │   ├── ShardError           a shard that is truncated, altered or missing
-│   └── BadSamplesError      more undecodable samples than data.max_bad_fraction
+│   ├── BadSamplesError      more undecodable samples than data.max_bad_fraction
+│   └── LoaderProcessError   a loader process that was killed
 ├── SnapshotError            a snapshot folder that isn't one, or doesn't fit
 ├── StateError               a training state that can't be read or doesn't fit
 │   └── DamagedStateError    its bytes differ from what its manifest says
@@ -64,6 +65,10 @@ class ShardError(DataError):
 
 class BadSamplesError(DataError):
     """More undecodable samples than `data.max_bad_fraction` allows."""
+
+
+class LoaderProcessError(DataError):
+    """A loader process that was killed, often for lack of memory; another attempt may fare better."""
 
 
 class SnapshotError(DdpmDistError):

@@ -22,7 +22,7 @@ from ddpm_dist.data.decode import Pixels
 from ddpm_dist.data.fetch import ShardReader
 from ddpm_dist.data.order import Order, share_of
 from ddpm_dist.data.stream import Part, parts
-from ddpm_dist.errors import DataError, DdpmDistError
+from ddpm_dist.errors import DdpmDistError, LoaderProcessError
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class _Worker:
             part: Part | DdpmDistError | str = self._results.recv()
         except EOFError:
             self._process.join()
-            raise DataError(
+            raise LoaderProcessError(
                 f"a loader process ended with exit code {self._process.exitcode} (-9: killed, often for lack of "
                 f"memory); fewer data.workers or less data.buffer_bytes need less"
             ) from None
@@ -118,7 +118,7 @@ class _Worker:
         return part
 
     def close(self) -> None:
-        self._process.terminate()
+        self._process.kill()  # it ignores SIGTERM, and holds nothing that another end would save
         self._process.join()
         self._results.close()
 
@@ -136,6 +136,7 @@ def _work(
 ) -> None:
     """The process: decodes its places of every batch into the ring, at most SLOTS ahead."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; it ends this process
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to a whole job, it means: finish the step, save, leave
     parent = os.getppid()
     ring = np.frombuffer(memory, np.uint8).reshape(shape)
     readers = [ShardReader(*arguments) for arguments in reader_arguments]

@@ -29,10 +29,17 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ddpm_dist.config import Config
 from ddpm_dist.distributed.ray_connect import connect
 from ddpm_dist.distributed.world import use_interface_of
-from ddpm_dist.errors import ClusterError, DdpmDistError, HangError, ShortReadError, UnreachableError
+from ddpm_dist.errors import (
+    ClusterError,
+    DdpmDistError,
+    HangError,
+    LoaderProcessError,
+    ShortReadError,
+    UnreachableError,
+)
 from ddpm_dist.recipe import dump_config
 
-MAY_PASS = (HangError, UnreachableError, ShortReadError)
+MAY_PASS = (HangError, LoaderProcessError, UnreachableError, ShortReadError)
 """Errors of ours that another attempt may not meet; all other errors of ours stop the run."""
 
 RESIZE_CHECK_S = 10.0
