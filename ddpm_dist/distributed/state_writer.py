@@ -72,13 +72,23 @@ class StateWriter:
         self._jobs: queue.Queue[Job] = queue.Queue()
         self._free: queue.Queue[Tensor | None] = queue.Queue()
         for _ in range(2):
-            self._free.put(None)  # allocated at first use
+            self._free.put(None)  # made by `prepare`, or at first use
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
         self.last_seconds = 0.0
         """From the call of `save` to the manifest (rank 0) or the part (others), of the last state written."""
         self.failed = 0
         """States that could not be written because the store didn't answer; the training went on."""
+
+    def prepare(self, numel: int, like: Tensor) -> None:
+        """Makes the host buffers, for so many elements, in the background: the pages of a new buffer are slow."""
+
+        def make() -> None:
+            _give_way()
+            for _ in range(2):
+                self._free.put(_fit(self._free.get(), numel, like).zero_())
+
+        threading.Thread(target=make, name="state-buffers", daemon=True).start()
 
     def save(
         self,
@@ -120,11 +130,7 @@ class StateWriter:
     def _take_buffer(self, numel: int, like: Sequence[Tensor]) -> Tensor:
         if self._free.empty():
             log.warning("two states are still being written; the training waits for the store")
-        buffer = self._free.get()
-        if buffer is None or buffer.numel() != numel:
-            cuda = bool(like) and like[0].is_cuda
-            buffer = torch.empty(numel, dtype=torch.float32, pin_memory=cuda)
-        return buffer
+        return _fit(self._free.get(), numel, like[0] if like else torch.empty(0))
 
     def _work(self) -> None:
         _give_way()
@@ -219,6 +225,13 @@ def in_parallel(action: Callable[[int], T], items: Sequence[int], threads: int =
     if errors:
         raise errors[0]
     return [results[item] for item in items]
+
+
+def _fit(buffer: Tensor | None, numel: int, like: Tensor) -> Tensor:
+    """A host buffer for so many elements, pinned if they come from a GPU; the one that is there, if it fits."""
+    if buffer is None or buffer.numel() != numel:
+        buffer = torch.empty(numel, dtype=torch.float32, pin_memory=like.is_cuda)
+    return buffer
 
 
 def _part_url(url: str, rank: int) -> str:

@@ -62,7 +62,7 @@ class Training:
         self.skipped = SkippedSteps(cfg, world)
         self.step = self._resume(last_sign)
         """Optimizer steps done."""
-        self.first_step = self.step
+        self.store.prepare(self.engine, self.ema)
         self.events = EventLog(cfg.run.url, self.store.attempt, self.step) if world.rank == 0 else None
         self.progress = Progress(self.step, cfg.train.steps, cfg.train.global_batch) if world.rank == 0 else None
         self.publisher = SnapshotPublisher(cfg, world, self.events)
