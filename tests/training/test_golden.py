@@ -2,9 +2,9 @@
 
 To renew the files: `DDPM_DIST_RENEW_GOLDEN=1 pytest tests/training/test_golden.py`, and give the reason in the commit.
 
-The tolerance is for other processors, whose instructions add in another order. Without AVX-512, and without AVX2 as well
-(ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41), these losses differ by up to 6e-8 of themselves; with a learning
-rate that is wrong by a hundredth, by 3e-3 or more.
+The tolerance is for other processors, whose instructions add in another order. Without AVX-512, and without AVX2 as
+well (ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41), these losses differ by up to 6e-8 of themselves; with a
+learning rate that is wrong by a hundredth, by 3e-3 or more.
 """
 
 import json
