@@ -59,10 +59,10 @@ class Network:
     """A switch, and hosts with the addresses .2, .3 … behind it; this process has .1. They know each other by name."""
 
     def __init__(self, names: Sequence[str]) -> None:
+        self._alone: int | None = _lock(Path("/tmp"))  # until the subnet is seen to be taken
         _collect_leftovers()
         self.folder = Path(tempfile.mkdtemp(prefix=FOLDERS, dir="/tmp"))
-        self._lock = (self.folder / "lock").open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self._lock = _lock(self.folder)
         self._link = f"ddpm-{uuid.uuid4().hex[:8]}"
         addresses = _free_subnet().hosts()
         self._own_address = next(addresses)
@@ -73,6 +73,7 @@ class Network:
     def __enter__(self) -> "Network":
         try:
             self._start_switch()
+            self._let_others()
             self._make_keys()
             for host in self.hosts.values():
                 host.boot()
@@ -94,8 +95,9 @@ class Network:
             subprocess.run(["ip", "link", "del", self._link], stderr=subprocess.DEVNULL)
             self._switch.kill()
             self._switch.wait()
-        self._lock.close()
         shutil.rmtree(self.folder)
+        os.close(self._lock)
+        self._let_others()
 
     def on_switch(self, command: str) -> None:
         assert self._switch is not None
@@ -114,12 +116,17 @@ class Network:
 
     def _start_switch(self) -> None:
         """A bridge in a namespace of its own, where no firewall of this machine sees what passes."""
-        self._switch = start_bound(["unshare", "--net", "sleep", "infinity"])
+        self._switch = start_bound(["unshare", "--net", "sleep", "infinity"], start_new_session=True)
         own = os.readlink("/proc/self/ns/net")
         _wait(lambda: os.readlink(f"/proc/{self._switch.pid}/ns/net") != own, "the switch")  # type: ignore[union-attr]
         self.on_switch("ip link add switch type bridge stp_state 0 forward_delay 0")
         self.on_switch("ip link set switch up")
         self.plug_in(os.getpid(), self._link, "uplink", str(self._own_address))
+
+    def _let_others(self) -> None:
+        if self._alone is not None:
+            os.close(self._alone)
+            self._alone = None
 
     def _make_keys(self) -> None:
         """One key for all users and one for all hosts; only ever in this network's folder."""
@@ -148,7 +155,8 @@ class Host:
             self._install()
         keep = {ROOT, Path(sys.prefix), Path(sys.base_prefix), Path(sys.executable).resolve().parents[1]}
         program = [sys.executable, "-S", "-E", Path(__file__).with_name("host_init.py"), self.name, self.disk, *keep]
-        self._init = start_bound([*UNSHARE, *map(str, program)], stdout=subprocess.PIPE)
+        command = [*UNSHARE, *map(str, program)]
+        self._init = start_bound(command, stdout=subprocess.PIPE, start_new_session=True)  # a Ctrl-C is for the tests
         assert self._init.stdout is not None
         assert self._init.stdout.readline() == b"ready\n", f"{self.name} doesn't boot"
         (self._pid,) = (child.pid for child in psutil.Process(self._init.pid).children())
@@ -273,11 +281,22 @@ def _collect_leftovers() -> None:
     """Folders of networks whose process was killed; its hosts died with it."""
     for folder in Path("/tmp").glob(f"{FOLDERS}*"):
         try:
-            with (folder / "lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder)
+            lock = _lock(folder, fcntl.LOCK_NB)
         except OSError:
             continue  # in use, or gone
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _lock(folder: Path, how: int = 0) -> int:
+    """A handle that keeps a folder locked until it is closed, or its process has ended."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | how)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
 
 
 def _check(command: Sequence[str]) -> None:

@@ -30,7 +30,7 @@ class DeepSpeed:
 
     def __init__(self, site: Site) -> None:
         self._site = site
-        access = {name: value for host in (site["head"],) for name, value in host.env.items()}
+        access = dict(site["head"].env)
         keys = {name: access.pop(name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
         self.secrets = list(keys.values())
         plain = "".join(f"{name}={value}\n" for name, value in {**access, "DS_ACCELERATOR": "cpu"}.items())
@@ -41,8 +41,8 @@ class DeepSpeed:
             host.write("hostfile", "".join(f"{worker.name} slots=1\n" for worker in site.workers))
 
     def start(self, host: Host, beginning: str, replaced: Mapping[str, str], overrides: Sequence[str]) -> Job:
-        command = f"{documented(beginning, replaced)} {shlex.join([*SETTINGS, *overrides])}"
-        return Job(host, f"export DS_ACCELERATOR=cpu; {command}", host.disk / "deepspeed.log")
+        accelerator, command = documented("export DS_ACCELERATOR", {}), documented(beginning, replaced)
+        return Job(host, f"{accelerator}; {command} {shlex.join([*SETTINGS, *overrides])}", host.disk / "deepspeed.log")
 
 
 def test_ray_over_two_hosts_ends_with_the_bytes_of_one_host(site: Site, reference: str) -> None:
