@@ -13,7 +13,7 @@ import torch
 from ddpm_dist import snapshot
 from ddpm_dist.config import Config
 from ddpm_dist.distributed.checkpoint import StateStore
-from ddpm_dist.distributed.engine import Engine
+from ddpm_dist.distributed.engine import MAX_BUCKET_ELEMENTS, PERSISTENT_ELEMENTS, Engine
 from ddpm_dist.distributed.world import World, init_world
 from ddpm_dist.recipe import load_config
 from ddpm_dist.training.ema import Ema
@@ -26,20 +26,22 @@ SIZES = (32, 64, 128)
 """Channels of the networks whose states are read: 2.2M, 8.9M and 35.7M parameters."""
 
 
-def bytes_per_parameter(stage: int, precision: str, ranks: int) -> float:
-    """What a rank holds of each parameter between two steps, in bytes.
+def bytes_of_a_rank(numels: Sequence[int], stage: int, precision: str, ranks: int) -> float:
+    """What a rank holds between two steps. numels: elements of each parameter.
 
-    Weights that the network computes with (2 in bf16, 4 in fp32; cut under stage 3), float32 masters (in fp32 these are
-    weights of their own, but for stage 0), two moments (cut from stage 1 on) and one average (always cut). Gradients
-    are freed after the step (Rajbhandari et al. 2020, section 3, counts them as well), except that stage 1 in bf16
-    keeps its float32 sums.
+    For each element: weights that the network computes with (2 bytes in bf16, 4 in fp32; cut under stage 3), a float32
+    master (in fp32 another copy, but for stage 0), two moments (cut from stage 1 on) and one average (always cut).
+    Gradients are freed after the step (Rajbhandari et al. 2020, section 3, counts them), but stage 1 in bf16 keeps
+    their float32 sums, and stage 3 its share of them, the bucket in which they are reduced, and small parameters whole.
     """
-    weights = 2 if precision == "bf16" else 4
+    total, weight = sum(numels), 2 if precision == "bf16" else 4
     if stage == 0:
-        return weights + 8 + 4 / ranks
-    cut = (4 + 8 + 4) / ranks
-    sums = 4 if (stage, precision) == (1, "bf16") else 0
-    return (weights / ranks if stage == 3 else weights) + cut + sums
+        return total * (weight + 8 + 4 / ranks)
+    cut = total * (4 + 8 + 4) / ranks
+    if stage == 3:
+        whole = sum(numel for numel in numels if numel <= PERSISTENT_ELEMENTS)
+        return cut + total * (weight + 4) / ranks + 4 * min(total, MAX_BUCKET_ELEMENTS) + weight * whole
+    return cut + total * (weight + (4 if (stage, precision) == (1, "bf16") else 0))
 
 
 def bench_memory(channels: int) -> dict[str, float]:
@@ -49,13 +51,13 @@ def bench_memory(channels: int) -> dict[str, float]:
         for stage in stages:
             cfg = _config("memory://run", channels, f"zero.stage={stage}", f"precision={precision}")
             held = _in_processes(_held, RANKS, cfg)
-            numel = held[0][0]
-            formula = numel * bytes_per_parameter(stage, precision, RANKS)
+            numels = held[0][0]
+            formula = bytes_of_a_rank(numels, stage, precision, RANKS)
             measured = max(tensors for _, tensors in held)
             found[f"memory_of_formula_zero{stage}_{precision}"] = measured / formula
             print(
-                f"ZeRO-{stage} {precision}, {RANKS} ranks, {numel / 1e6:.1f}M parameters: {measured / MIB:.0f} MiB of "
-                f"tensors in a rank, formula {formula / MIB:.0f}, ratio {measured / formula:.3f}",
+                f"ZeRO-{stage} {precision}, {RANKS} ranks, {sum(numels) / 1e6:.1f}M parameters: {measured / MIB:.0f} "
+                f"MiB of tensors in a rank, formula {formula / MIB:.0f}, ratio {measured / formula:.3f}",
                 flush=True,
             )
     return found
@@ -76,8 +78,8 @@ def bench_resume(url: str, core: int) -> dict[str, float]:
 # In the ranks
 
 
-def _held(world: World, cfg: Config) -> tuple[int, int]:
-    """(elements of the network, bytes of all tensors that this rank holds after a step)."""
+def _held(world: World, cfg: Config) -> tuple[list[int], int]:
+    """(elements of each parameter, bytes of all tensors that this rank holds after a step)."""
     engine, ema = _build(world, cfg)
     size = (1, cfg.data.channels, cfg.data.image_size, cfg.data.image_size)
     engine.backward(engine(torch.zeros(size), torch.zeros(1, dtype=torch.int64)).square().mean())
@@ -90,7 +92,7 @@ def _held(world: World, cfg: Config) -> tuple[int, int]:
             for tensor in (thing, thing.grad if thing.is_leaf else None):
                 if tensor is not None and tensor.device.type == "cpu" and tensor.layout == torch.strided:
                     storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    return sum(shape.numel() for shape in engine.shapes.values()), sum(storages.values())
+    return [shape.numel() for shape in engine.shapes.values()], sum(storages.values())
 
 
 def _saved(world: World, cfg: Config) -> None:
