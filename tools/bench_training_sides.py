@@ -116,7 +116,7 @@ class _InTurns(Training):
 
     def __init__(self, cfg: Config, world: World, token: str, steps: int, turns: Turns) -> None:
         super().__init__(cfg, world, token)
-        self._steps, self._turns = steps, turns
+        self._turns, self._steps, self._length = turns, steps, 0
         self._starts: list[float] = []
         self._ema_s: list[float] = []
         update = self.ema.update
@@ -129,7 +129,7 @@ class _InTurns(Training):
         self.ema.update = timed  # type: ignore[method-assign]
 
     def _one_step(self, batch: Any) -> Any:
-        if len(self._starts) in (0, self._steps):
+        if not self._starts or len(self._starts) == self._length:
             self._end_turn()
         self._starts.append(time.perf_counter())
         return super()._one_step(batch)
@@ -141,6 +141,8 @@ class _InTurns(Training):
         saving = [(first + i + 1) % every == 0 for i in range(len(self._starts))]
         self.store.finish()
         self._turns.wait(step_s=step_s, saving=saving, ema_s=self._ema_s)
+        # The first turn is half a turn longer, so that checkpoints lie in the middle of all others.
+        self._length = self._steps if self._starts else self._steps + self._steps // 2
         self._starts, self._ema_s = [], []
 
 
