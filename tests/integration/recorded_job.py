@@ -1,0 +1,37 @@
+"""What launch/train.py does, with workers that record their steps: `recorded_job.py FOLDER key=value …`."""
+
+import sys
+from functools import partial
+from typing import Any
+
+from ddpm_dist import cli
+from ddpm_dist.distributed.ray_train import preemption_announced, train_on_ray
+from ddpm_dist.distributed.state_history import latest_step
+from ddpm_dist.distributed.world import init_world
+from ddpm_dist.recipe import dump_config, load_config, parse_config
+from ddpm_dist.training import run_folder
+from ddpm_dist.training.entry import finished, ray_worker, report_end
+from tests.integration import loop_ranks
+
+
+def recorded(arguments: dict[str, Any], token: str, folder: str) -> None:
+    """A rank under Ray."""
+    cfg = parse_config(arguments["config"])
+    loop_ranks.install(init_world(threads=cfg.threads), cfg.run.url, loop_ranks.Faults(record=folder))
+    ray_worker(arguments, token, preemption_announced)
+
+
+def main(argv: object) -> None:
+    folder, *overrides = sys.argv[1:]
+    cfg = load_config(loop_ranks.ROOT / "configs/digits.yaml", overrides)
+    assert parse_config(dump_config(cfg)) == cfg
+    token = run_folder.new_token()
+    if not finished(cfg, token):
+        from tests.integration import recorded_job  # by its own name, so that workers find it
+
+        train_on_ray(cfg, partial(recorded_job.recorded, token=token, folder=folder), partial(latest_step, cfg.run.url))
+    report_end(cfg)
+
+
+if __name__ == "__main__":
+    cli.run(main)
