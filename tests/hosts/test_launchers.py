@@ -10,7 +10,7 @@ from tests.hosts.conftest import BUCKET, Site
 from tests.hosts.network import Host
 from tests.integration import jobs
 
-pytestmark = [pytest.mark.hosts, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.hosts, pytest.mark.timeout(600)]
 STEPS = 12
 SETTINGS = [*jobs.SMALL, "cluster.workers=2", "cluster.gpus_per_worker=0", "precision=bf16", "zero.stage=1"]
 
@@ -29,7 +29,6 @@ class DeepSpeed:
     """DeepSpeed's launcher on a host, with the environment that the page asks for."""
 
     def __init__(self, site: Site) -> None:
-        self._site = site
         access = dict(site["head"].env)
         keys = {name: access.pop(name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
         self.secrets = list(keys.values())

@@ -17,7 +17,7 @@ from tests.hosts.network import Host
 from tests.hosts.train_recorded import record_of
 from tests.integration import jobs
 
-pytestmark = [pytest.mark.hosts, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.hosts, pytest.mark.timeout(600)]
 STEPS = 80
 STATE_EVERY = 3
 CUT_S = 20.0
