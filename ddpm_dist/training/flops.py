@@ -4,7 +4,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_dist.config import Config
-from ddpm_dist.models.unet import UNet, UNetConfig
+from ddpm_dist.models.unet import UNet
+from ddpm_dist.snapshot import network_of
 
 BACKWARD = 2
 """A backward pass computes two products (of inputs and of weights) for each one of the forward pass."""
@@ -15,11 +16,9 @@ def training_flops_per_image(cfg: Config) -> float:
 
     Counted by PyTorch's dispatcher on tensors without memory, so it costs milliseconds at any size.
     """
-    learned = cfg.diffusion.variance in ("learned", "learned_range")
-    config = UNetConfig.from_recipe(cfg.model, cfg.data.image_size, cfg.data.channels, learned)
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         x = torch.empty(1, cfg.data.channels, cfg.data.image_size, cfg.data.image_size)
         t = torch.empty(1, dtype=torch.int64)
         labels = torch.empty(1, dtype=torch.int64) if cfg.model.num_classes else None
-        UNet(config)(x, t, labels)
+        UNet(network_of(cfg))(x, t, labels)
     return float((1 + BACKWARD) * counter.get_total_flops())

@@ -196,7 +196,7 @@ class Training:
             "images_seen": self.step * self.cfg.train.global_batch,
             "epoch": self.loader.epoch(self.step),
             "data": self.loader.content_id,
-            "goodput": asdict(self.goodput),
+            "goodput": asdict(self.goodput.plus(self.clock.read())),
             "loss_history": history and {name: values.tolist() for name, values in history.items()},
             "skipped_steps": self.skipped.total,
         }

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -46,13 +46,17 @@ class PhaseClock:
         finally:
             self._seconds[name] += time.perf_counter() - start
 
-    def take(self) -> dict[str, float]:
-        """Seconds by phase since the last call; `other` is what no phase covers."""
-        now = time.perf_counter()
+    def read(self) -> dict[str, float]:
+        """Seconds by phase since the last `take`; `other` is what no phase covers."""
         seconds = dict(self._seconds)
-        seconds["other"] = max(0.0, now - self._since - sum(seconds.values()))
+        seconds["other"] = max(0.0, time.perf_counter() - self._since - sum(seconds.values()))
+        return seconds
+
+    def take(self) -> dict[str, float]:
+        """As `read`, and begins anew."""
+        seconds = self.read()
         self._seconds = dict.fromkeys(PHASES, 0.0)
-        self._since = now
+        self._since = time.perf_counter()
         return seconds
 
 
@@ -77,6 +81,12 @@ class Goodput:
         self.checkpoint_s += phases["checkpoint"]
         self.snapshot_s += phases["snapshot"]
         self.productive_s += phases["forward_backward"] + phases["step"] + phases["ema"] + phases["other"]
+
+    def plus(self, phases: Mapping[str, float]) -> "Goodput":
+        """A copy with these phases added: what a state remembers between two log lines."""
+        copy = replace(self)
+        copy.add(phases)
+        return copy
 
     def resume(self, saved_at: float, last_sign_at: float | None) -> None:
         """Accounts for the gap between the state's time and now; `last_sign_at`: of the attempt that ended."""

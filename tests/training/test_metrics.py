@@ -1,0 +1,92 @@
+"""What a run shows: where its time went, what all ranks heard, curves that a later attempt overwrites."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddpm_dist.training import metrics
+from ddpm_dist.training.control import Shared
+from ddpm_dist.training.metrics import EventLog, Goodput, PhaseClock, Progress, Window, image_grid, read_events
+
+SECONDS = {"data": 1.0, "forward_backward": 4.0, "step": 2.0, "ema": 0.5, "checkpoint": 0.25, "snapshot": 0.125,
+           "other": 0.5}  # fmt: skip
+
+
+def test_the_clock_accounts_for_every_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
+    clock = PhaseClock()
+    with clock.phase("data"):
+        now += 3
+    now += 1
+    with clock.phase("step"):
+        now += 2
+    assert clock.read() == clock.take() == {**dict.fromkeys(metrics.PHASES, 0.0), "data": 3, "step": 2, "other": 1}
+    assert sum(clock.read().values()) == 0
+
+
+def test_a_state_between_two_log_lines_holds_the_time_since() -> None:
+    goodput = Goodput()
+    goodput.add(SECONDS)
+    saved = goodput.plus(SECONDS)
+    assert (saved.productive_s, saved.data_wait_s, saved.checkpoint_s, saved.snapshot_s) == (14, 2, 0.5, 0.25)
+    assert goodput.productive_s == 7, "the original goes on from its own sums"
+
+
+def test_lost_and_restart_time() -> None:
+    now = time.time()
+    goodput = Goodput(began_at=now - 100, productive_s=50)
+    goodput.resume(saved_at=now - 40, last_sign_at=now - 30)
+    shares = goodput.shares()
+    assert goodput.restarts == 1
+    assert shares["lost"] == pytest.approx(0.1, abs=1e-3)
+    assert shares["restart"] == pytest.approx(0.3, abs=1e-3)
+    assert shares["goodput"] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_means_over_ranks_and_steps() -> None:
+    window = Window(10)
+    window.add(Shared(6.0, 2, [6.0, 0, 0, 0], [2, 0, 0, 0], 1, False, False))
+    window.add(Shared(2.0, 2, [0, 0, 0, 2.0], [0, 0, 0, 2], 3, False, False))
+    steps, means = window.take(12)
+    assert steps == 2
+    assert means == {"loss/mean": 2.0, "data/bad_samples": 3, "loss/t_quartile_1": 3.0, "loss/t_quartile_4": 1.0}
+    assert window.take(13) == (1, {})
+
+
+def test_a_later_attempt_overwrites_the_steps_that_were_lost(tmp_path: Path) -> None:
+    url = tmp_path.as_uri()
+    first = EventLog(url, attempt=1, start_step=0)
+    for step in range(1, 6):
+        first.scalars({"loss/mean": 1.0}, step)
+    first.close()
+    second = EventLog(url, attempt=2, start_step=3)  # the state of step 3 was the last one
+    second.image("samples", torch.zeros(1, 4, 4, dtype=torch.uint8), 4)
+    for step in (4, 5):
+        second.scalars({"loss/mean": 2.0}, step)
+    second.close()
+    events = read_events(url)
+    assert [value for step, value in events.scalars["loss/mean"] if step > 3] == [2.0, 2.0]
+    assert [step for step, _ in events.images["samples"]] == [4]
+
+
+def test_a_log_has_plain_lines_with_the_time_left(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
+    caplog.set_level("INFO")
+    progress = Progress(100, 1100, 32)
+    now = 10.0
+    progress.show(600, 0.5, 1600.0, 0.01)
+    progress.close()
+    assert caplog.messages == ["step 600/1100 (19,200 images)  loss 0.5000  1600 images/s  data wait 1.0%  0:10 left"]
+
+
+def test_the_grid_of_five_images() -> None:
+    grid = image_grid(torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 2, 2), columns=3)
+    assert grid.shape == (3, 5, 8)
+    assert grid[0, 3, 3] == 4
+    assert grid[0, 2, 0] == 128
