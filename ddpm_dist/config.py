@@ -5,9 +5,10 @@ identity (the default): a difference is refused; `Schedule`: may change between 
 is announced; `Free`: says where and how fast, never what.
 """
 
+import re
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 T = TypeVar("T")
 Schedule = Annotated[T, "schedule"]
@@ -15,26 +16,45 @@ Free = Annotated[T, "free"]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Below1 = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["fp32", "bf16", "fp16"]
+
+
+def check_url(url: str) -> str:
+    """The URL itself; ValueError with the remedy for what is none, or holds what must not be stored."""
+    protocol, colon, rest = url.partition("://")
+    if not colon or not re.fullmatch(r"[a-z][a-z0-9+.-]*", protocol) or (protocol == "file" and rest[:1] != "/"):
+        raise ValueError("not an absolute URL; write s3://BUCKET/FOLDER or file:///FOLDER")
+    if protocol != "file" and ("?" in rest or "@" in rest.partition("/")[0]):
+        raise ValueError("keys and options don't belong into a URL: it is stored and logged; use the environment")
+    return url
+
+
+Url = Annotated[str, AfterValidator(check_url)]
 
 
 class Section(BaseModel):
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
     )
 
 
 class RunConfig(Section):
-    url: Free[str]
+    url: Free[Url]
     """Folder of the run (any fsspec URL): state, snapshots, TensorBoard, samples. The same URL resumes."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Fixes the weights, the order of the data, t, eps, flips and dropout."""
-    init_from: str | None = None
+    init_from: Url | None = None
     """URL of another run's folder, state or snapshot whose weights this run starts from."""
 
 
 class DataConfig(Section):
-    url: Free[str | dict[str, Annotated[float, Field(gt=0)]]]
+    url: Free[Url | Annotated[dict[Url, Annotated[float, Field(gt=0)]], Field(min_length=1)]]
     """Folder with shards and index, or a mapping of such folders to mixing weights."""
     image_size: Positive
     """Height and width in pixels that the network sees; other sizes are resized and centre-cropped."""
@@ -65,11 +85,11 @@ class DataConfig(Section):
 class ModelConfig(Section):
     channels: Positive = 128
     """Channels of the first level (ch)."""
-    channel_mult: tuple[Positive, ...] = (1, 2, 2, 2)
+    channel_mult: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2, 2, 2)
     num_res_blocks: Positive = 2
     attention_resolutions: tuple[Positive, ...] = (16,)
     """Heights of the feature maps that get self-attention after every block."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Below1 = 0.0
     head_channels: Positive | None = None
     """Channels of an attention head; none: one head (the paper)."""
     norm_groups: Positive = 32
@@ -87,7 +107,7 @@ class ModelConfig(Section):
 
 
 class DiffusionConfig(Section):
-    timesteps: Positive = 1000
+    timesteps: Annotated[int, Field(ge=1, le=10**6)] = 1000
     schedule: Literal["linear", "scaled_linear", "quadratic", "cosine", "sigmoid", "sigmoid_alpha_bar", "given"] = (
         "linear"
     )
@@ -113,7 +133,7 @@ class DiffusionConfig(Section):
 
 
 class TrainConfig(Section):
-    steps: Schedule[Positive]
+    steps: Schedule[Annotated[int, Field(ge=1, le=10**12)]]
     """Optimizer steps of the whole run; may grow later."""
     global_batch: Positive
     """Images in an optimizer step, over all ranks (B)."""
@@ -121,7 +141,7 @@ class TrainConfig(Section):
     """Most images in one forward pass of a rank; the micro-batch is the largest divisor of B/W up to it."""
     optimizer: Literal["adam", "adamw"] = "adam"
     lr: Annotated[float, Field(gt=0)] = 2e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Below1, Below1] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     lr_schedule: Literal["constant", "cosine", "inverse_sqrt"] = "constant"
@@ -188,7 +208,7 @@ class EvaluationConfig(Section):
     every: Free[Positive | None] = None
     """Evaluate each snapshot at a multiple of so many steps, in a Ray job of its own; none: never."""
     num_samples: Free[Positive] = 10000
-    metrics: Free[tuple[str, ...]] = ("frechet_pixel", "frechet_lite0")
+    metrics: Free[Annotated[tuple[str, ...], Field(min_length=1)]] = ("frechet_pixel", "frechet_lite0")
 
 
 class ClusterConfig(Section):
@@ -279,6 +299,9 @@ def _check_model(cfg: Config) -> None:
                 f"model.head_channels: {model.head_channels} doesn't divide the {model.channels * mult} "
                 f"channels of level {level}"
             )
+    for level in model.checkpoint_levels:
+        if level > halvings:
+            raise ValueError(f"model.checkpoint_levels: {level}: the network has the levels 0 to {halvings}")
     resolutions = [size >> level for level in range(halvings + 1)]
     for resolution in model.attention_resolutions:
         if resolution not in resolutions:
@@ -289,6 +312,8 @@ def _check_model(cfg: Config) -> None:
 
 def _check_diffusion(cfg: Config) -> None:
     d = cfg.diffusion
+    if d.beta_start > d.beta_end:
+        raise ValueError(f"diffusion.beta_start: {d.beta_start} is more than diffusion.beta_end: {d.beta_end}")
     if (d.schedule == "given") != (d.betas is not None):
         raise ValueError("diffusion.betas: needed with diffusion.schedule: given, and with nothing else")
     if d.betas is not None and len(d.betas) != d.timesteps:
@@ -330,6 +355,12 @@ def _check_train(cfg: Config) -> None:
         raise ValueError(f"data.streams: {cfg.streams} doesn't divide train.global_batch: {batch}")
     if t.lr_schedule == "cosine" and t.decay_steps is None:
         raise ValueError("train.decay_steps: needed with train.lr_schedule: cosine")
+    if t.decay_steps is not None and t.decay_steps <= t.warmup_steps:
+        raise ValueError(f"train.decay_steps: {t.decay_steps} lies within train.warmup_steps: {t.warmup_steps}")
+    for name, span in (("logging.profile_steps", cfg.logging.profile_steps),
+                       ("sampling.guidance_interval", cfg.sampling.guidance_interval)):  # fmt: skip
+        if span is not None and span[0] > span[1]:
+            raise ValueError(f"{name}: {list(span)} is not [first, last]")
     if (cfg.ema.decay is None) == (cfg.ema.halflife_Mimg is None):
         raise ValueError("ema: give one of ema.decay and ema.halflife_Mimg, and null for the other")
     if cfg.precision == "bf16" and cfg.zero.stage == 0:
@@ -342,6 +373,10 @@ def _check_cluster(cfg: Config) -> None:
     low, high = cfg.worker_range
     if low > high:
         raise ValueError(f"cluster.workers: [{low}, {high}] is not [min, max]")
+    if high > cfg.train.global_batch:
+        raise ValueError(
+            f"cluster.workers: {high} are more than train.global_batch: {cfg.train.global_batch} has images"
+        )
     admissible = [w for w in range(1, high + 1) if cfg.train.global_batch % w == 0]
     if low not in admissible or high not in admissible:
         raise ValueError(

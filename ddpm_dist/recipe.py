@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -15,20 +15,35 @@ from ddpm_dist.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but `1e-4` is a number, as everybody expects, and a key that stands twice is an error."""
+    """YAML without the surprises of version 1.1: 010 is not 8, 1:30 not 90, a date not a date; 1e-4 is a number.
+
+    Whole numbers may be written 1e4. A key that stands twice is an error.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {
+        first: [one for one in resolvers if one[0].rpartition(":")[2] not in ("int", "float", "timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
-            if key.value in seen:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
-            seen.add(key.value)
+            seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
+    def construct_number(self, node: yaml.ScalarNode) -> float:
+        value = self.construct_yaml_float(node)
+        return int(value) if value.is_integer() and "." not in node.value else value
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+
+_NUMBER = re.compile(
+    r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?$|[-+]?\d+[eE][-+]?\d+$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
 )
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9]\d*)$"), list("-+0123456789"))
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -54,11 +69,17 @@ def parse_config(text: str, overrides: Iterable[str] = (), source: str = "config
 
 def validate(values: dict[str, Any], source: str) -> Config:
     """Checks plain values, as YAML gives them, against the schema."""
+    sections = {name for name, field in Config.model_fields.items() if _is_section(field.annotation)}
+    values = {key: {} if value is None and key in sections else value for key, value in values.items()}
     try:
         return Config.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        lines = [_explain(e) for e in error.errors()]
-        raise ConfigError(f"{source}:\n  " + "\n  ".join(dict.fromkeys(lines))) from None
+        lines: dict[str, list[str]] = {}
+        for one in error.errors():
+            beginning, message = _explain(one)
+            lines.setdefault(beginning, []).append(message)
+        text = [beginning + ", or ".join(dict.fromkeys(messages)) for beginning, messages in lines.items()]
+        raise ConfigError(f"{source}:\n  " + "\n  ".join(text)) from None
     except TypeError as error:
         raise ConfigError(f"{source}: {error}") from None
 
@@ -66,7 +87,7 @@ def validate(values: dict[str, Any], source: str) -> Config:
 def parse_yaml(text: str, source: str) -> Any:
     try:
         return yaml.load(text, _Loader)  # noqa: S506 - _Loader is a SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{source}: not YAML: {error}") from None
 
 
@@ -77,10 +98,14 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{override!r}: an override looks like section.key=value, as in train.steps=1000")
     *sections, key = path.split(".")
     for section in sections:
-        values = values.setdefault(section, {})
+        if values.get(section) is None:
+            values[section] = {}
+        values = values[section]
         if not isinstance(values, dict):
             raise ConfigError(f"{override!r}: {section} is a value, not a section")
-    values[key] = parse_yaml(value, override)
+    parsed = parse_yaml(value, override)
+    # " #" begins a comment in YAML, but not in a URL that was typed on a command line.
+    values[key] = value if isinstance(parsed, str) and value.startswith(parsed) else parsed
 
 
 def dump_config(cfg: Config) -> str:
@@ -107,30 +132,43 @@ def _walk(old: BaseModel, new: BaseModel, prefix: str) -> Iterable[tuple[str, st
             yield prefix + name, kind, a, b
 
 
-def _explain(error: Any) -> str:
-    """One line for one of pydantic's errors: the key, the value, the remedy."""
-    location = [str(part) for part in error["loc"] if not str(part).startswith(("function-", "tuple[", "constrained-"))]
+def _explain(error: Any) -> tuple[str, str]:
+    """One of pydantic's errors: (the key and the value, what is wrong and the remedy)."""
+    inner = ("function-", "tuple[", "constrained-", "dict[", "str", "int", "float")
+    location = [str(part) for part in error["loc"] if not str(part).startswith(inner)]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
-        close = difflib.get_close_matches(location[-1], known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
-        return f"{key}: unknown key; {hint}"
+        return f"{key}: ", f"unknown key; {_hint(location)}"
     if error["type"] == "missing":
+        if location[-1].isdigit():
+            return f"{'.'.join(location[:-1])}: ", f"{location[-1]} values are too few"
         if len(location) == 1:
-            return f"{key}: this section is missing, and some of its keys have no default; see configs/digits.yaml"
-        return f"{key}: missing, and it has no default; give it in the file or as {key}=VALUE"
+            return f"{key}: ", "this section is missing, and some of its keys have no default; see configs/digits.yaml"
+        return f"{key}: ", f"missing, and it has no default; give it in the file or as {key}=VALUE"
     message = error["msg"].removeprefix("Value error, ")
-    if not key:
-        return message
-    return f"{key}: {error['input']!r}: {message}"
+    return (f"{key}: {error['input']!r}: ", message) if key else ("", message)
+
+
+def _hint(location: list[str]) -> str:
+    """For a key that there isn't."""
+    *sections, name = location
+    elsewhere = [section for section in Config.model_fields if name in _known_keys([section])]
+    if elsewhere and not sections:
+        return f"did you mean {' or '.join(f'{section}.{name}' for section in elsewhere)}?"
+    known = _known_keys(sections)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {'.'.join([*sections, close[0]])}?" if close else f"known here: {', '.join(known)}"
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _known_keys(sections: list[str]) -> list[str]:
     model: Any = Config
     for section in sections:
         field = model.model_fields.get(section)
-        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+        if field is None or not _is_section(field.annotation):
             return []
         model = field.annotation
     return list(model.model_fields)

@@ -35,7 +35,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         ("- 1", "expected sections"),
         ("", "expected sections"),
         (BASE + "trian: {}", r"trian: unknown key; did you mean train\?"),
-        (BASE.replace("steps", "step"), r"train.step: unknown key; did you mean steps\?"),
+        (BASE.replace("steps", "step"), r"train.step: unknown key; did you mean train.steps\?"),
         (BASE.replace("size: 32", "size: 32, xyz: 1"), r"data.xyz: unknown key; known here: url, image_size"),
         (BASE.replace("steps: 10, ", ""), r"train.steps: missing, .* no default; give it .* as train.steps=VALUE"),
         ("run: {}\n" + BASE.replace("run:", "#"), r"run.url: missing"),

@@ -108,10 +108,10 @@ class RayHosts:
         """The client's way to the cluster, as shell commands."""
         return f"{self.authentication}; {documented('export RAY_API_SERVER_ADDRESS', {'HEAD_IP': self.head.address})}"
 
-    def submit(self, replaced: Mapping[str, str], overrides: Sequence[str]) -> Job:
-        """`ray job submit` of a training, from the client."""
+    def submit(self, replaced: Mapping[str, str], overrides: Sequence[str], script: str = "train") -> Job:
+        """`ray job submit` of a script of launch/, from the client."""
         self._jobs += 1
-        command = documented("ray job submit", replaced)
+        command = documented(f"ray job submit --working-dir . -- python launch/{script}.py", replaced)
         return Job(
             self.client, f"{self.access}; {command} {shlex.join(overrides)}", self._folder / f"job-{self._jobs}.log"
         )

@@ -86,7 +86,7 @@ def test_workers(recipe: str, text: str | None, expected: tuple[int, int]) -> No
         (["--num-samples", "3"], SamplingError, "give --snapshot URL, or --config FILE"),
         (["--snapshot", "SNAP"], SamplingError, "give --out URL"),
         (["--snapshot", "SNAP", "--out", "memory://o", "train.lr=1"], ConfigError, "only sampling"),
-        (["--snapshot", "SNAP", "--out", "memory://o", "sampling.stepz=1"], ConfigError, "did you mean steps"),
+        (["--snapshot", "SNAP", "--out", "memory://o", "sampling.stepz=1"], ConfigError, "did you mean sampling.steps"),
         (
             ["--snapshot", "SNAP", "--out", "memory://o", "--sweep", "train.lr=1,2"],
             SamplingError,
