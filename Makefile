@@ -50,7 +50,7 @@ $(INSTALLED): setup.py constraints.txt
 define create_environment
 $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; make PYTHON=/path/to/python3.11")'
 @echo "installing into $(1) (once; it takes a few minutes and gigabytes)"
-@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+@$(1)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(1)
 @$(1)/bin/python -m pip install -qq --disable-pip-version-check $(2)
 @touch $@
 endef

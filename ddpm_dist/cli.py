@@ -1,22 +1,17 @@
-"""What every command shares: `--config FILE key=value …`, and errors as one message without a traceback.
-
-Importing it makes Ctrl-C quiet from there on: the packages that a command imports next take seconds to load.
-"""
+"""What every command shares: `--config FILE key=value …`, and errors as one message without a traceback."""
 
 import argparse
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from types import TracebackType
 
-from ddpm_dist.config import Config
+from ddpm_dist import interrupt
+from ddpm_dist.config import Config, check_url
 from ddpm_dist.errors import DdpmDistError
 from ddpm_dist.recipe import dump_config, load_config
 
 EXIT_ERROR = 1
-EXIT_INTERRUPTED = 130
-INTERRUPTED = "interrupted; the same command continues"
 
 
 def config_parser(description: str) -> argparse.ArgumentParser:
@@ -42,6 +37,7 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
 
     With DDPM_DIST_TRACEBACK=1 in the environment, the traceback is shown as well.
     """
+    interrupt.restore()
     setup_logging()
     try:
         main(None)
@@ -51,18 +47,30 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_ERROR)
     except KeyboardInterrupt:
-        print(INTERRUPTED, file=sys.stderr, flush=True)
-        sys.exit(EXIT_INTERRUPTED)
+        print(interrupt.MESSAGE.decode(), end="", file=sys.stderr, flush=True)
+        sys.exit(interrupt.EXIT_CODE)
 
 
-def _excepthook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    if issubclass(kind, KeyboardInterrupt):
-        print(INTERRUPTED, file=sys.stderr, flush=True)
-    else:
-        sys.__excepthook__(kind, error, traceback)
+def url(text: str) -> str:
+    """For argparse: a URL such as s3://BUCKET/FOLDER."""
+    try:
+        return check_url(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
-sys.excepthook = _excepthook
+def positive(text: str) -> int:
+    """For argparse: a whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 on")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """For argparse: a seed."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 0 to 2^63 - 1")
+    return int(text)
 
 
 def setup_logging() -> None:

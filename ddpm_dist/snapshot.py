@@ -76,6 +76,7 @@ def save_snapshot(
     `null_label` among them names the null class; without it, it is the last row of the class embedding.
     """
     state = weights.state_dict() if isinstance(weights, UNet) else weights
+    _check_weights(state, unet_config, url)
     tensors = {name: state[name].detach().to("cpu", torch.float32).contiguous() for name in sorted(state)}
     why_not = portable(diffusion)
     files = {
@@ -189,6 +190,18 @@ def parse_weights(data: bytes, source: str) -> dict[str, Tensor]:
         return dict(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
     except Exception as error:  # both parsers raise what they like on foreign bytes
         raise SnapshotError(f"{source}: no weights can be read from it: {error}") from None
+
+
+def _check_weights(state: Mapping[str, Tensor], config: UNetConfig, url: str) -> None:
+    """What is written can be read again: SnapshotError if the weights aren't those of the network."""
+    with torch.device("meta"):
+        wanted = {name: parameter.shape for name, parameter in UNet(config).state_dict().items()}
+    wrong = sorted(n for n in wanted.keys() | state.keys() if n not in state or wanted.get(n) != state[n].shape)
+    if wrong:
+        raise SnapshotError(
+            f"{storage.redact(url)}: not written: the weights are not those of the network that is described; "
+            f"{len(wrong)} differ, the first is {wrong[0]}"
+        )
 
 
 def _retire(url: str, files: Mapping[str, Any]) -> None:

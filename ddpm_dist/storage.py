@@ -21,7 +21,7 @@ from fsspec.core import url_to_fs
 
 from ddpm_dist.errors import NotFoundError, ShortReadError, StorageError
 from ddpm_dist.storage_errors import PATIENCE_S, answer_of, classify, redact, retry
-from ddpm_dist.storage_local import copy_file, create_file, is_temporary, replace_file
+from ddpm_dist.storage_local import check_folder, copy_file, create_file, is_temporary, replace_file
 
 __all__ = [
     "PATIENCE_S",
@@ -84,7 +84,7 @@ def filesystem(url: str) -> tuple[Any, str]:
         }
     try:
         fs, path = url_to_fs(url, **options)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         raise StorageError(f"{redact(url)}: {error}; write s3://BUCKET/FOLDER or file:///FOLDER") from None
     if protocol == "s3":
         fs.retries = 1  # one layer retries: ours, which knows the patience and says what it does
@@ -266,6 +266,10 @@ def check_access(url: str, name: str | None = None, patience_s: float = 9.0) -> 
             options = {"Bucket": bucket, "MaxKeys": 1, "timeout": patience_s / 3}
             ask = partial(fs.call_s3, "list_objects_v2", **options)
             retry(ask, f"s3://{bucket}", patience_s, level=logging.DEBUG)
+        elif _is_local(fs):
+            check_folder(path)
+        elif url.startswith(("http://", "https://")):
+            raise StorageError(f"{redact(url)}: can't be written; write s3://BUCKET/FOLDER or file:///FOLDER")
     except StorageError as error:
         if name is None:
             raise

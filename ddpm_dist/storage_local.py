@@ -8,10 +8,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from ddpm_dist.errors import AccessError, StorageError
+
 
 def is_temporary(name: str) -> bool:
     """Whether a name is that of a file in the making, or one that a killed writer left."""
     return re.search(r"\.[0-9]+\.[0-9a-f]{8}\.tmp$", name) is not None
+
+
+def check_folder(path: str) -> None:
+    """Raises StorageError unless there is, or can be, a folder that this process may write to."""
+    there = Path(path)
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        raise StorageError(f"file://{path}: {there} is a file, where a folder is expected")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise AccessError(f"file://{path}: {there} can't be written to by this user")
 
 
 def replace_file(path: str, write: Callable[[BinaryIO], object]) -> None:

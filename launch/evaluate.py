@@ -11,6 +11,9 @@ The last line on stdout is the result as JSON; it is also written to <run.url>/e
 each snapshot of a run is evaluated as it comes, and evaluation/report.html shows all of it.
 """
 
+from ddpm_dist import interrupt  # noqa: F401, I001 - first: Ctrl-C is quiet while the others load
+# isort: split
+
 from collections.abc import Sequence
 
 from ddpm_dist import cli

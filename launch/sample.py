@@ -8,6 +8,9 @@ With --config, the snapshot is the run's newest and the images go to <run.url>/s
 again does what is missing. `--sweep sampling.steps=10,50,100` makes one folder for each value, with one pool.
 """
 
+from ddpm_dist import interrupt  # noqa: F401, I001 - first: Ctrl-C is quiet while the others load
+# isort: split
+
 from collections.abc import Sequence
 
 from ddpm_dist import cli

@@ -3,6 +3,9 @@
 Also alone, as `python launch/train_deepspeed.py --config FILE …`: one process on this machine.
 """
 
+from ddpm_dist import interrupt  # noqa: F401, I001 - first: Ctrl-C is quiet while the others load
+# isort: split
+
 from collections.abc import Sequence
 
 from ddpm_dist import cli

@@ -1,13 +1,16 @@
 """ddpm_dist.cli, as commands see it: exit codes, one line of error, no traceback."""
 
+import argparse
 import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from ddpm_dist import cli
 from ddpm_dist.recipe import parse_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,7 +24,7 @@ train: {steps: 10, global_batch: 8}
 
 def command(body: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs `main` with this body through cli.run, in a process."""
-    code = "import sys\nfrom ddpm_dist import cli, errors\ndef main(argv):\n" + textwrap.indent(body, "    ")
+    code = "import sys\nfrom ddpm_dist import interrupt, cli, errors\ndef main(argv):\n" + textwrap.indent(body, "    ")
     return subprocess.run(
         [sys.executable, "-c", f"{code}\ncli.run(main)", *arguments],
         capture_output=True,
@@ -87,3 +90,46 @@ def test_mistakes_in_launch_scripts(script: str, arguments: list[str], message: 
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("swallowed", ["pass", "raise SystemExit(9)"])
+def test_an_interrupt_while_packages_load_ends_the_command(swallowed: str, tmp_path: Path) -> None:
+    """Also inside an import that catches everything."""
+    (tmp_path / "greedy.py").write_text(
+        f"import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    {swallowed}\n"
+    )
+    code = "from ddpm_dist import interrupt, cli\nimport greedy\nprint('goes on')"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted; the same command continues\n")
+
+
+def test_an_interrupt_at_work_can_be_caught() -> None:
+    body = "import os, signal\ntry: os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt: print('saved')"
+    done = command(body)
+    assert (done.returncode, done.stdout) == (0, "saved\n")
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "launch").glob("*.py")))
+def test_scripts_import_it_first(script: str) -> None:
+    first = next(line for line in (ROOT / "launch" / script).read_text().splitlines() if " import " in line[:40])
+    assert first.startswith("from ddpm_dist import interrupt")
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "message"),
+    [
+        (cli.url, "data/x", "write s3://BUCKET/FOLDER"),
+        (cli.url, "", "not an absolute URL"),
+        (cli.url, "S3://b/x", "not an absolute URL"),
+        (cli.url, "s3://b/x?secret=1", "use the environment"),
+        (cli.url, "file:x", "not an absolute URL"),
+        (cli.positive, "0", "from 1 on"),
+        (cli.positive, "-3", "from 1 on"),
+        (cli.seed, "-1", "from 0 to"),
+        (cli.seed, str(2**63), "from 0 to"),
+    ],
+)
+def test_words_of_commands(kind: Callable[[str], object], text: str, message: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=message):
+        kind(text)

@@ -4,6 +4,9 @@ tools/index_shards.py s3://bucket/folder-with-tars
 tools/index_shards.py --label json:class_id s3://bucket/others
 """
 
+from ddpm_dist import interrupt  # noqa: F401, I001 - first: Ctrl-C is quiet while the others load
+# isort: split
+
 import argparse
 from collections.abc import Sequence
 

@@ -9,6 +9,9 @@
 STATE is the URL of a state, or of a run for its newest valid one.
 """
 
+from ddpm_dist import interrupt  # noqa: F401, I001 - first: Ctrl-C is quiet while the others load
+# isort: split
+
 import argparse
 import json
 from collections.abc import Sequence

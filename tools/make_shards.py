@@ -10,6 +10,9 @@
 Started again after a kill, it makes what is missing. It never overwrites.
 """
 
+from ddpm_dist import interrupt  # noqa: F401, I001 - first: Ctrl-C is quiet while the others load
+# isort: split
+
 import argparse
 import os
 from collections.abc import Iterator, Sequence

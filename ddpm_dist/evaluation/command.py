@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ddpm_dist import storage
+from ddpm_dist import cli, storage
 from ddpm_dist.config import Config
 from ddpm_dist.errors import EvaluationError, NotFoundError
 from ddpm_dist.evaluation import job
@@ -20,7 +20,6 @@ from ddpm_dist.training.run_folder import snapshot_at
 
 NEAREST = 10
 """Samples whose nearest training images are shown."""
-_NETWORK_HELP = "weights of inception (inception=URL), or any TorchScript module"
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -28,13 +27,18 @@ def parser(description: str) -> argparse.ArgumentParser:
         description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     sampling_command.add_config_arguments(parser)
-    parser.add_argument("--follow", metavar="RUN", help="evaluate each snapshot of a run as it comes, until its last")
-    parser.add_argument("--report", metavar="RUN", help="only write evaluation/report.html of a run anew")
-    parser.add_argument("--samples", metavar="URL", help="folder of sample shards")
-    parser.add_argument("--snapshot", metavar="URL", help="draw samples from this, and don't keep them")
-    parser.add_argument("--data", metavar="URL", help="data set to compare with; default: data.url")
-    parser.add_argument("--reference", metavar="URL", help="statistics file (.npz) to compare with, instead of --data")
-    parser.add_argument("--held-out", metavar="URL", help="data set for bits_per_dim; default: --data")
+    run = parser.add_mutually_exclusive_group()
+    run.add_argument(
+        "--follow", metavar="RUN", type=cli.url, help="evaluate each snapshot of a run as it comes, until its last"
+    )
+    run.add_argument("--report", metavar="RUN", type=cli.url, help="only write evaluation/report.html of a run anew")
+    parser.add_argument("--samples", metavar="URL", type=cli.url, help="folder of sample shards")
+    parser.add_argument("--snapshot", metavar="URL", type=cli.url, help="draw samples from this, and don't keep them")
+    parser.add_argument("--data", metavar="URL", type=cli.url, help="data set to compare with; default: data.url")
+    parser.add_argument(
+        "--reference", metavar="URL", type=cli.url, help="statistics file (.npz) to compare with, instead of --data"
+    )
+    parser.add_argument("--held-out", metavar="URL", type=cli.url, help="data set for bits_per_dim; default: --data")
     parser.add_argument("--metrics", metavar="A,B", help="default: evaluation.metrics")
     parser.add_argument(
         "--network",
@@ -43,11 +47,11 @@ def parser(description: str) -> argparse.ArgumentParser:
         default=[],
         help="weights of inception, or a TorchScript module",
     )
-    parser.add_argument("--num-samples", type=int, metavar="N", help="default: all that are there")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num-samples", type=cli.positive, metavar="N", help="default: all that are there")
+    parser.add_argument("--seed", type=cli.seed, default=0)
     parser.add_argument("--labels", metavar="SPEC", help="of samples from a snapshot; see sample.py")
     parser.add_argument("--workers", metavar="N|MIN:MAX", help="default: cluster.workers of the configuration")
-    parser.add_argument("--out", metavar="URL", help="folder for the result; default: run.url/evaluation")
+    parser.add_argument("--out", metavar="URL", type=cli.url, help="folder for the result; default: run.url/evaluation")
     return parser
 
 
@@ -83,7 +87,9 @@ def make_order(args: argparse.Namespace, cfg: Config) -> Order:
         if not isinstance(cfg.data.url, str):
             raise EvaluationError("data.url is a mix of data sets; say with --data which one to compare with")
         data = cfg.data.url
-    names = tuple(args.metrics.split(",")) if args.metrics else cfg.evaluation.metrics
+    names = cfg.evaluation.metrics
+    if args.metrics is not None:
+        names = tuple(name.strip() for name in args.metrics.split(","))
     return Order(
         samples=args.samples,
         snapshot=args.snapshot,

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ddpm_dist import snapshot, storage
+from ddpm_dist import cli, snapshot, storage
 from ddpm_dist.config import Config
 from ddpm_dist.errors import ConfigError, SamplingError
 from ddpm_dist.recipe import apply_override, dump_config, load_config, parse_yaml, validate
@@ -23,16 +23,20 @@ def parser(description: str) -> argparse.ArgumentParser:
     )
     add_config_arguments(parser)
     parser.add_argument(
-        "--snapshot", metavar="URL", action="append", help="or a run, for its newest; default: of run.url"
+        "--snapshot", metavar="URL", type=cli.url, action="append", help="or a run, for its newest; default: of run.url"
     )
-    parser.add_argument("--out", metavar="URL", help="folder for the samples; default: run.url/samples/<step>-<seed>")
-    parser.add_argument("--num-samples", type=int, metavar="N", help="default: evaluation.num_samples")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--out", metavar="URL", type=cli.url, help="folder for the samples; default: run.url/samples/<step>-<seed>"
+    )
+    parser.add_argument("--num-samples", type=cli.positive, metavar="N", help="default: evaluation.num_samples")
+    parser.add_argument("--seed", type=cli.seed, default=0)
     parser.add_argument("--workers", metavar="N|MIN:MAX", help="default: cluster.workers of the configuration")
     parser.add_argument("--labels", metavar="SPEC", help="random (default), none, all, or classes such as 3 or 0,1,2")
     parser.add_argument("--sweep", metavar="KEY=A,B", action="append", default=[], help="one folder for each value")
-    parser.add_argument("--npz", metavar="URL", help="write all images into one .npz as well (arr_0, NHWC)")
-    parser.add_argument("--png", metavar="URL", help="write a folder of PNG files as well")
+    parser.add_argument(
+        "--npz", metavar="URL", type=cli.url, help="write all images into one .npz as well (arr_0, NHWC)"
+    )
+    parser.add_argument("--png", metavar="URL", type=cli.url, help="write a folder of PNG files as well")
     return parser
 
 
@@ -180,4 +184,6 @@ def _axis(text: str) -> list[tuple[str, str]]:
     key, equals, values = text.partition("=")
     if not equals or not key.startswith("sampling."):
         raise SamplingError(f"--sweep {text}: expected sampling.key=value,value, such as sampling.steps=10,50,100")
+    if not all(values.split(",")):
+        raise SamplingError(f"--sweep {text}: an empty value")
     return [(key, value) for value in values.split(",")]

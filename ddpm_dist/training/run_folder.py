@@ -23,6 +23,8 @@ from typing import Any
 
 from ddpm_dist import storage
 from ddpm_dist.config import Config
+from ddpm_dist.distributed.state_history import newest_state
+from ddpm_dist.distributed.state_reader import read_manifest
 from ddpm_dist.errors import ClaimError, ConfigError, NotFoundError, StorageError
 from ddpm_dist.recipe import differences, dump_config, parse_config
 
@@ -49,25 +51,27 @@ def check(cfg: Config) -> None:
             + "\n  ".join(found["identity"])
             + "\nUse another run.url for this one (run.init_from takes weights along), or the old values to go on."
         )
-    for change in found["schedule"]:
-        log.info("the schedule changes: %s", change)
 
 
 def adopt(cfg: Config) -> None:
     """Makes this the run's configuration, and forgets an old wish to stop; for the folder's owner alone."""
     old = _saved_config(cfg.run.url)
     text = dump_config(cfg)
+    for change in differences(old, cfg)["schedule"] if old is not None else ():
+        log.info("the schedule changes: %s", change)
     if old is None or dump_config(old) != text:
         storage.publish(storage.join(cfg.run.url, "config.yaml"), text.encode())
     storage.delete(storage.join(cfg.run.url, "stop"))
 
 
 def _saved_config(run_url: str) -> Config | None:
+    """What the run is, by its config.yaml, or where somebody removed that, by its newest state."""
     url = storage.join(run_url, "config.yaml")
     try:
-        return parse_config(storage.read(url).decode(), source=url)
+        return parse_config(storage.read(url).decode(errors="replace"), source=storage.redact(url))
     except NotFoundError:
-        return None
+        state = newest_state(run_url)
+        return parse_config(read_manifest(state).meta["config"], source=state) if state is not None else None
 
 
 def take_over(run_url: str, token: str) -> None:
@@ -149,10 +153,7 @@ def write_summary(run_url: str, summary: dict[str, Any]) -> None:
 
 
 def read_summary(run_url: str) -> dict[str, Any] | None:
-    try:
-        return dict(json.loads(storage.read(storage.join(run_url, "summary.json"))))
-    except NotFoundError:
-        return None
+    return _read_json(storage.join(run_url, "summary.json"), "step")
 
 
 def snapshot_url(run_url: str, step: int) -> str:
@@ -189,10 +190,21 @@ def last_sign_of_life(run_url: str) -> float | None:
 
 
 def _read_lease(run_url: str) -> dict[str, Any] | None:
+    return _read_json(storage.join(run_url, "lease.json"), "token")
+
+
+def _read_json(url: str, key: str) -> dict[str, Any] | None:
+    """An object that has this key; None if there is none, or if it is damaged: it is written anew."""
     try:
-        return dict(json.loads(storage.read(storage.join(run_url, "lease.json"))))
+        found = json.loads(storage.read(url))
     except NotFoundError:
         return None
+    except ValueError:
+        found = None
+    if isinstance(found, dict) and key in found:
+        return found
+    log.warning("%s is damaged; it will be written anew", storage.redact(url))
+    return None
 
 
 def _is_dead_here(lease: dict[str, Any]) -> bool:

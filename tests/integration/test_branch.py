@@ -1,5 +1,6 @@
 """run.init_from: fine-tuning from a snapshot, branching from a state, and what is refused."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,3 +73,12 @@ def test_another_network_is_refused_by_name(origin: tuple[str, str], tmp_path: P
     assert done.returncode == 1
     assert "is another one than model.* describes" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_run_without_its_config_file_is_what_its_state_says(origin: tuple[str, str], tmp_path: Path) -> None:
+    run_url, data_url = origin
+    shutil.copytree(run_url.removeprefix("file://"), tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").unlink()
+    done = train((tmp_path / "run").as_uri(), data_url, "train.lr=0.5")
+    assert done.returncode == 1
+    assert "train.lr: 0.001 -> 0.5" in done.stderr

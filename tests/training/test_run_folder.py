@@ -130,3 +130,12 @@ def test_newest_snapshot_is_the_newest_whole_one(url) -> None:
         storage.publish(f"{run_folder.snapshot_url(url, step)}/model_index.json", b"{}")
     storage.publish(f"{run_folder.snapshot_url(url, 11)}/unet/config.json", b"{}")
     assert run_folder.newest_snapshot(url) == run_folder.snapshot_url(url, 10)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b"\xff\xfe"])
+def test_damaged_small_objects_are_written_anew(url, damage, caplog) -> None:
+    for name in ("lease.json", "summary.json"):
+        storage.publish(f"{url}/{name}", damage)
+    run_folder.take_over(url, "me")
+    assert run_folder.read_summary(url) is None
+    assert "summary.json is damaged; it will be written anew" in caplog.text
