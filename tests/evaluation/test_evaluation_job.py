@@ -202,7 +202,7 @@ def test_warnings(tmp_path: Path, sets: tuple[str, str]) -> None:
             {"metrics": ("fvd_lite0",)},
             "'fvd_lite0' is unknown; a metric is <kind>_<network> with a kind of frechet",
         ),
-        ({"metrics": ("fid",)}, r"inception: where are its weights\? Give --network inception=URL"),
+        ({"metrics": ("fid",)}, r"where are the weights of inception\? Give --network inception=URL"),
         ({"metrics": ()}, "name at least one"),
         ({"metrics": ("is_pixel",)}, "pixel has no classes; use inception"),
         ({"num_samples": 131}, "--num-samples 131: .* has 130; draw more"),
