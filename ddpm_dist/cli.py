@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from ddpm_dist import interrupt
 from ddpm_dist.config import Config, check_url
@@ -17,7 +18,7 @@ EXIT_ERROR = 1
 def config_parser(description: str) -> argparse.ArgumentParser:
     """A parser with `--config`, `--print-config` and overrides."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument("--config", required=True, metavar="FILE", help="recipe, such as configs/digits.yaml")
+    parser.add_argument("--config", required=True, action=Once, metavar="FILE", help="a recipe: configs/digits.yaml")
     parser.add_argument("--print-config", action="store_true", help="show the resolved configuration and leave")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser
@@ -57,6 +58,15 @@ def url(text: str) -> str:
         return check_url(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+class Once(argparse.Action):
+    """For argparse: an option that stands twice is an error; argparse would take the last one in silence."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{option_string} stands twice: {getattr(namespace, self.dest)} and {values}")
+        setattr(namespace, self.dest, values)
 
 
 def positive(text: str) -> int:

@@ -59,6 +59,7 @@ class DataConfig(Section):
     image_size: Positive
     """Height and width in pixels that the network sees; other sizes are resized and centre-cropped."""
     channels: Literal[1, 3] = 3
+    """Grey or RGB, to which all images are converted."""
     flip: bool = False
     """Random horizontal flips, by (seed, epoch, sample)."""
     streams: Positive | None = None
@@ -209,6 +210,8 @@ class EvaluationConfig(Section):
     """Evaluate each snapshot at a multiple of so many steps, in a Ray job of its own; none: never."""
     num_samples: Free[Positive] = 10000
     metrics: Free[Annotated[tuple[str, ...], Field(min_length=1)]] = ("frechet_pixel", "frechet_lite0")
+    networks: Free[dict[str, Url]] = {}
+    """Weights of feature networks by name, as `--network` of launch/evaluate.py: inception, or a TorchScript module."""
 
 
 class ClusterConfig(Section):

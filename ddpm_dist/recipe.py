@@ -41,9 +41,18 @@ class _Loader(yaml.SafeLoader):
 _NUMBER = re.compile(
     r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?$|[-+]?\d+[eE][-+]?\d+$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
 )
+_WHOLE = re.compile(r"[-+]?(0|[1-9]\d*)$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9]\d*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _WHOLE, list("-+0123456789"))
 _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the strings that `_Loader`, or anybody's YAML 1.1, would take for numbers."""
+
+
+for _tag, _pattern in (("float", _NUMBER), ("int", _WHOLE)):
+    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, list("-+.0123456789"))
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -110,7 +119,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 
 def dump_config(cfg: Config) -> str:
     """The resolved configuration as YAML; `parse_config` gives it back."""
-    return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
+    return yaml.dump(cfg.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
 def differences(old: Config, new: Config) -> dict[str, list[str]]:
@@ -145,7 +154,8 @@ def _explain(error: Any) -> tuple[str, str]:
         if len(location) == 1:
             return f"{key}: ", "this section is missing, and some of its keys have no default; see configs/digits.yaml"
         return f"{key}: ", f"missing, and it has no default; give it in the file or as {key}=VALUE"
-    message = error["msg"].removeprefix("Value error, ")
+    message = "Input should be a list such as [1, 4]" if error["type"] == "tuple_type" else error["msg"]
+    message = message.removeprefix("Value error, ")
     return (f"{key}: {error['input']!r}: ", message) if key else ("", message)
 
 

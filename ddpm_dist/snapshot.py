@@ -62,6 +62,13 @@ def network_in(url: str) -> UNetConfig:
     return UNetConfig.from_diffusers(_parse(data, f"{storage.redact(url)}/{name}"), f"{storage.redact(url)}/{name}")
 
 
+def diffusion_in(url: str) -> GaussianDiffusion:
+    """The diffusion process of a snapshot, without its weights."""
+    read_index(url)
+    name, data = _read_one(url, SCHEDULER_CONFIG, "scheduler_config.json", sums={})
+    return from_diffusers(_parse(data, f"{storage.redact(url)}/{name}"), f"{storage.redact(url)}/{name}")
+
+
 def save_snapshot(
     url: str,
     weights: UNet | Mapping[str, Tensor],

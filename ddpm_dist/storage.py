@@ -253,6 +253,32 @@ def delete_tree(url: str, patience_s: float = PATIENCE_S) -> None:
         pass
 
 
+def abort_uploads(url: str, patience_s: float = PATIENCE_S) -> int:
+    """Gives up S3's unfinished multipart uploads below a folder, and returns how many there were.
+
+    A process that is killed while it uploads leaves its parts in the bucket: no listing shows them, the bill does.
+    """
+    fs, path = filesystem(url)
+    if not _is_s3(fs):
+        return 0
+    bucket, _, prefix = path.rstrip("/").partition("/")
+    place: dict[str, Any] = {"Bucket": bucket, "Prefix": f"{prefix}/"}
+    uploads: list[dict[str, Any]] = []
+    while True:
+        page = retry(lambda: fs.call_s3("list_multipart_uploads", **place), url, patience_s)
+        uploads += page.get("Uploads", [])
+        if not page.get("IsTruncated"):
+            break
+        place |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+    for upload in uploads:
+        target = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+        try:
+            retry(partial(fs.call_s3, "abort_multipart_upload", **target), url, patience_s)
+        except NotFoundError:  # it ended by itself
+            pass
+    return len(uploads)
+
+
 def check_access(url: str, name: str | None = None, patience_s: float = 9.0) -> None:
     """Raises within about `patience_s`, with the reason, if the bucket of a URL can't be reached, found or used.
 
@@ -332,7 +358,7 @@ def _publish_parts(
     except BaseException:
         try:
             fs.call_s3("abort_multipart_upload", **target)
-        except Exception as error:  # the first error matters; the parts stay until the bucket's own clean-up
+        except Exception as error:  # the first error matters; `abort_uploads` finds the parts later
             log.warning("storage: an upload's parts remain: %s", classify(error, url))
         raise
 

@@ -13,6 +13,7 @@ from ddpm_dist import cli
 from ddpm_dist.distributed.ray_connect import connect
 from ddpm_dist.distributed.ray_train import preemption_announced, train_on_ray
 from ddpm_dist.distributed.state_history import latest_step
+from ddpm_dist.evaluation.follow import check_config as check_follower
 from ddpm_dist.evaluation.follow import start_beside
 from ddpm_dist.training import run_folder
 from ddpm_dist.training.entry import finished, ray_worker, report_end
@@ -21,6 +22,7 @@ from ddpm_dist.training.entry import finished, ray_worker, report_end
 def main(argv: Sequence[str] | None) -> None:
     """Checks everything that can be checked without workers, then trains until the run is finished."""
     cfg = cli.config_from(cli.config_parser("Train a DDPM on a Ray cluster.").parse_intermixed_args(argv))
+    check_follower(cfg)
     token = run_folder.new_token()
     if not finished(cfg, token):
         connect()

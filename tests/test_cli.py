@@ -77,6 +77,9 @@ def test_print_config_shows_what_would_run(tmp_path: Path) -> None:
     [
         ("launch/train.py", ["--config", "nowhere.yaml"], "error: --config nowhere.yaml: No such file or directory"),
         ("launch/train.py", ["train.bogus=1", "train.steps=many"], "train.bogus: unknown key"),
+        ("launch/train.py", ["cluster.workers=1:4"], "cluster.workers: '1:4': Input should be a valid integer, or In"),
+        ("launch/train.py", ["evaluation.every=1", "evaluation.metrics=[lite0]"], "metrics: 'lite0' is unknown"),
+        ("launch/train.py", ["evaluation.every=1", "evaluation.metrics=[fid]"], "or evaluation.networks.inception=URL"),
         ("launch/train_deepspeed.py", ["cluster.workers=3"], "must divide train.global_batch: 8"),
     ],
 )
@@ -90,6 +93,14 @@ def test_mistakes_in_launch_scripts(script: str, arguments: list[str], message: 
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("script", ["train", "sample"])
+def test_two_recipes_are_not_one(script: str) -> None:
+    words = [sys.executable, ROOT / "launch" / f"{script}.py", "--config", "a.yaml", "--config", "b.yaml"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "error: --config stands twice: a.yaml and b.yaml" in done.stderr
 
 
 @pytest.mark.parametrize("swallowed", ["pass", "raise SystemExit(9)"])

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -94,6 +95,13 @@ def test_a_wrong_override_is_shown(override: str, message: str) -> None:
 def test_the_resolved_file_gives_the_same_configuration() -> None:
     cfg = parse_config(BASE, ["cluster.workers=[2, 4]", "data.exclude_shards=[a, b]", "ema.power=[0.05, 0.1]"])
     assert parse_config(dump_config(cfg)) == cfg
+
+
+@pytest.mark.parametrize("name", ["1e4", "10", "010", "1:30", "2026-01-01", "-.5", ".inf", "true", "null", "1e-4x"])
+def test_a_name_that_looks_like_a_number_stays_one(name: str) -> None:
+    text = dump_config(parse_config(BASE, [f"data.exclude_shards=['{name}']"]))
+    assert parse_config(text).data.exclude_shards == (name,)
+    assert yaml.safe_load(text)["data"]["exclude_shards"] == [name], "for readers of YAML 1.1, too"
 
 
 def test_a_mixture_of_data_sets() -> None:

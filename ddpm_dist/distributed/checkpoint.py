@@ -74,6 +74,8 @@ class StateStore:
             claims, valid = history.read(self.url)
             attempt = max(claims, default=0) + 1
             history.claim(self.url, attempt, valid[0] if valid else None)
+            if attempt > 1:
+                history.abort_uploads(self._cfg.run.url)
             return attempt, valid
 
         self.attempt, self._valid = self._first_decides(claim)

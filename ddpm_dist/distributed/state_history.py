@@ -1,6 +1,7 @@
 """Which states a run has: claims by attempts, and the removal of what nobody needs."""
 
 import json
+import logging
 import os
 import platform
 import time
@@ -8,7 +9,9 @@ import uuid
 
 from ddpm_dist import storage
 from ddpm_dist.distributed import state_format as fmt
-from ddpm_dist.errors import ClaimError, NotFoundError, StateError
+from ddpm_dist.errors import ClaimError, NotFoundError, StateError, StorageError
+
+log = logging.getLogger(__name__)
 
 OWNER = "owner"
 
@@ -69,6 +72,19 @@ def claim(url: str, attempt: int, continues: fmt.StateId | None) -> None:
         raise ClaimError(
             f"{storage.redact(url)}: another job claimed this run at this moment; give one of both another run.url"
         )
+
+
+def abort_uploads(run_url: str) -> None:
+    """Frees what killed attempts had uploaded of objects that they could not finish. To be called by a run's owner."""
+    for folder in ("checkpoints", "snapshots"):
+        url = storage.join(run_url, folder)
+        try:
+            found = storage.abort_uploads(url)
+        except StorageError as error:
+            log.warning("unfinished uploads stay in the bucket, whose lifecycle rules can remove them: %s", error)
+            return
+        if found:
+            log.info("%s: removed the parts of %d unfinished uploads", storage.redact(url), found)
 
 
 def check_owner(url: str, attempt: int) -> None:

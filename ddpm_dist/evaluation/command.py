@@ -45,7 +45,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         metavar="NAME=URL",
         action="append",
         default=[],
-        help="weights of inception, or a TorchScript module",
+        help="weights of inception, or a TorchScript module; default: evaluation.networks",
     )
     parser.add_argument("--num-samples", type=cli.positive, metavar="N", help="default: all that are there")
     parser.add_argument("--seed", type=cli.seed, default=0)
@@ -97,7 +97,7 @@ def make_order(args: argparse.Namespace, cfg: Config) -> Order:
         reference=args.reference,
         held_out=args.held_out,
         metrics=names,
-        networks=dict(_network(text) for text in args.network),
+        networks={**cfg.evaluation.networks, **dict(_network(text) for text in args.network)},
         num_samples=args.num_samples or (cfg.evaluation.num_samples if args.snapshot else None),
         seed=args.seed,
         labels=args.labels,

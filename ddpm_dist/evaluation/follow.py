@@ -22,7 +22,7 @@ from ddpm_dist.config import Config
 from ddpm_dist.distributed.ray_jobs import submit_beside
 from ddpm_dist.errors import ClusterError, EvaluationError
 from ddpm_dist.evaluation import job
-from ddpm_dist.evaluation.order import Order
+from ddpm_dist.evaluation.order import Order, check_metrics
 from ddpm_dist.evaluation.report import write_report
 from ddpm_dist.evaluation.result import results
 from ddpm_dist.training.metrics import EventLog
@@ -49,6 +49,12 @@ def follow(cfg: Config, order: Order, workers: tuple[int, int], poll_s: float = 
         if not pending and storage.exists(storage.join(last, "model_index.json")):
             return done
         time.sleep(poll_s)
+
+
+def check_config(cfg: Config) -> None:
+    """EvaluationError if evaluation.every asks for a follower that could not evaluate."""
+    if cfg.evaluation.every is not None:
+        check_metrics(cfg.evaluation.metrics, cfg.evaluation.networks)
 
 
 def start_beside(cfg: Config) -> None:

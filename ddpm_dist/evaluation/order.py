@@ -48,10 +48,14 @@ def check(order: Order) -> None:
         raise EvaluationError("give one of --samples and --snapshot: what is to be evaluated")
     if (order.data is None) == (order.reference is None):
         raise EvaluationError("give one of --data and --reference: what it is compared with")
-    wanted = metrics.parse(name for name in order.metrics if name != BITS_PER_DIM)
-    if not order.metrics:
+    check_metrics(order.metrics, order.networks)
+
+
+def check_metrics(names: Sequence[str], networks: Mapping[str, str]) -> None:
+    """EvaluationError for unknown metrics, and for networks without weights."""
+    if not names:
         raise EvaluationError("evaluation.metrics: empty; name at least one, such as frechet_lite0")
-    network_specs(wanted, order.networks)
+    network_specs(metrics.parse(name for name in names if name != BITS_PER_DIM), networks)
 
 
 def network_specs(wanted: Sequence[metrics.Metric], urls: Mapping[str, str]) -> dict[str, str]:
@@ -62,7 +66,7 @@ def network_specs(wanted: Sequence[metrics.Metric], urls: Mapping[str, str]) -> 
         if name not in ("pixel", "lite0") and name not in urls:
             raise EvaluationError(
                 f"evaluation.metrics: {metric.kind}_{name}: where are the weights of {name}? Give --network "
-                f"{name}=URL (known without one: pixel, lite0)"
+                f"{name}=URL or evaluation.networks.{name}=URL (known without one: pixel, lite0)"
             )
         specs[name] = f"{name}={urls[name]}" if name in urls else name
     return specs

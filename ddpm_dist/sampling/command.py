@@ -41,7 +41,9 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE", help="recipe of the run; default: the one stored in the snapshot")
+    parser.add_argument(
+        "--config", action=cli.Once, metavar="FILE", help="recipe of the run; default: the one stored in the snapshot"
+    )
     parser.add_argument("--print-config", action="store_true", help="show the resolved configuration and leave")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
 

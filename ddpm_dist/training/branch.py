@@ -6,10 +6,12 @@ step count, so that a branch goes on as its origin would. Either way the new run
 
 import logging
 
+import numpy as np
 import torch
 
 from ddpm_dist import snapshot, storage
 from ddpm_dist.config import Config
+from ddpm_dist.diffusion.gaussian import GaussianDiffusion
 from ddpm_dist.distributed.checkpoint import read_state
 from ddpm_dist.distributed.engine import Engine
 from ddpm_dist.distributed.state_format import MANIFEST
@@ -18,6 +20,7 @@ from ddpm_dist.distributed.state_reader import read_manifest
 from ddpm_dist.errors import ConfigError
 from ddpm_dist.models.config import UNetConfig
 from ddpm_dist.models.unet import UNet
+from ddpm_dist.recipe import parse_config
 from ddpm_dist.training.ema import Ema
 from ddpm_dist.training.run_folder import newest_snapshot
 
@@ -46,9 +49,12 @@ def check_origin(cfg: Config) -> None:
         return
     origin = find_origin(cfg.run.init_from)
     if storage.exists(storage.join(origin, MANIFEST)):
-        theirs = {name: tuple(shape) for name, shape in read_manifest(origin).shapes.items()}
+        manifest = read_manifest(origin)
+        theirs = {name: tuple(shape) for name, shape in manifest.shapes.items()}
+        process = GaussianDiffusion.from_config(parse_config(manifest.meta["config"], source=origin).diffusion)
     else:
         theirs = _shapes(snapshot.network_in(origin))
+        process = snapshot.diffusion_in(origin)
     ours = _shapes(snapshot.network_of(cfg))
     differing = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
     if differing:
@@ -58,6 +64,17 @@ def check_origin(cfg: Config) -> None:
             f"{len(differing)} parameters differ, the first is {first} "
             f"({theirs.get(first, 'absent')} there, {ours.get(first, 'absent')} here)"
         )
+    _compare(process, GaussianDiffusion.from_config(cfg.diffusion))
+
+
+def _compare(theirs: GaussianDiffusion, ours: GaussianDiffusion) -> None:
+    """Says what the weights were trained for, if it isn't what they are going to be trained for."""
+    if theirs.prediction != ours.prediction:
+        log.warning("run.init_from: the weights predict %s, this run trains %s", theirs.prediction, ours.prediction)
+    if theirs.variance != ours.variance:
+        log.warning("run.init_from: the weights' variance is %s, this run's %s", theirs.variance, ours.variance)
+    if theirs.timesteps != ours.timesteps or not np.allclose(theirs.betas, ours.betas, rtol=1e-6):
+        log.warning("run.init_from: the weights were trained with another noise schedule than diffusion.* describes")
 
 
 def init_from(url: str, engine: Engine, ema: Ema) -> None:

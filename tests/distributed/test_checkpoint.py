@@ -273,6 +273,17 @@ def test_leftovers_of_broken_saves_are_collected(cfg: Config) -> None:
     assert names == ["000000010-0001", "000000020-0002", "000000030-0003"]
 
 
+def test_an_heir_gives_up_the_uploads_of_a_killed_attempt(bucket_url: str, s3_server: S3Server) -> None:
+    cfg = config(f"{bucket_url}/run")
+    save(attempt(cfg)[0], 10)
+    client, run = s3_server.client(), f"{bucket_url}/run".split("/", 3)[3]
+    for key in ("checkpoints/000000020-0001/00000-000.f32", "snapshots/000000020/unet/weights", "samples/000-0.tar"):
+        client.create_multipart_upload(Bucket=s3_server.bucket, Key=f"{run}/{key}")
+    attempt(cfg)
+    left = client.list_multipart_uploads(Bucket=s3_server.bucket, Prefix=run)["Uploads"]
+    assert [upload["Key"] for upload in left] == [f"{run}/samples/000-0.tar"], "a sampling job may be at work"
+
+
 def test_an_outage_is_survived_and_counted(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     store, _ = attempt(cfg)
     save(store, 10)

@@ -44,9 +44,12 @@ def test_weights_are_taken_along(origin: tuple[str, str], tmp_path: Path, what: 
     run_url, data_url = origin
     new = (tmp_path / "new").as_uri()
     url = run_url if what == "run" else f"{run_url}/snapshots/000000004"
-    done = train(new, data_url, f"run.init_from={url}", STILL, "ema.decay=0.5", "ema.warmup=false")
+    other = "diffusion.prediction=x_start"
+    done = train(new, data_url, f"run.init_from={url}", STILL, "ema.decay=0.5", "ema.warmup=false", other)
     assert done.returncode == 0, done.stderr
     assert f"run.init_from: weights of {run_url}/{'checkpoints' if what == 'run' else 'snapshots'}" in done.stderr
+    assert done.stderr.count(", this run trains x_start") == 1, "a change of objective is said, and allowed"
+    assert "another noise schedule" not in done.stderr
     before, after = weights(run_url, 4), weights(new, 4)
     if what == "snapshot":
         for name in before:

@@ -57,6 +57,8 @@ def test_all_words(recipe: str) -> None:
     assert (found.samples, found.data, found.reference) == ("memory://s", None, "memory://r.npz")
     assert (found.metrics, found.num_samples, found.out) == (("fid", "prdc"), 7, "memory://o")
     assert found.networks == {"inception": "memory://w.pth#sha256=ab"}
+    configured = order("--config", recipe, "evaluation.networks={inception: memory://w.pth, mine: memory://m.pt}")
+    assert configured.networks == {"inception": "memory://w.pth", "mine": "memory://m.pt"}
 
 
 @pytest.mark.parametrize(
