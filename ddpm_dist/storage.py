@@ -265,7 +265,7 @@ def abort_uploads(url: str, patience_s: float = PATIENCE_S) -> int:
     place: dict[str, Any] = {"Bucket": bucket, "Prefix": f"{prefix}/"}
     uploads: list[dict[str, Any]] = []
     while True:
-        page = retry(lambda: fs.call_s3("list_multipart_uploads", **place), url, patience_s)
+        page = retry(partial(fs.call_s3, "list_multipart_uploads", **place), url, patience_s)
         uploads += page.get("Uploads", [])
         if not page.get("IsTruncated"):
             break
