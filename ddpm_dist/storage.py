@@ -6,12 +6,10 @@ exponential backoff and jitter until `patience_s` is spent; what can't get bette
 object, access denied) is raised at once. Everything here may be called from any thread, and after a fork.
 """
 
-import hashlib
 import logging
 import os
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +17,14 @@ from typing import Any
 import fsspec
 from fsspec.core import url_to_fs
 
+from ddpm_dist import storage_multipart as multipart
 from ddpm_dist.errors import NotFoundError, ShortReadError, StorageError
 from ddpm_dist.storage_errors import PATIENCE_S, answer_of, classify, redact, retry
 from ddpm_dist.storage_local import check_folder, copy_file, create_file, is_temporary, replace_file
 
 __all__ = [
     "PATIENCE_S",
+    "abort_uploads",
     "check_access",
     "classify",
     "clear_instances",
@@ -52,10 +52,6 @@ CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 20
 """Longest silence of a store in the middle of an answer."""
 CONNECTIONS = 32
-PART_BYTES = 32 * 2**20
-"""Larger objects are written in parts of this size, which are sent and retried one by one."""
-MAX_PARTS = 10_000
-PARTS_AT_ONCE = 4
 
 _held: dict[int, dict[int, Any]] = {}
 """Filesystems by the process that made them. fsspec forgets its own after a fork, and a child that then collects its
@@ -190,8 +186,8 @@ def publish(url: str, data: bytes | memoryview, patience_s: float = PATIENCE_S) 
     view = memoryview(data).cast("B")
     if _is_local(fs):
         retry(lambda: replace_file(path, lambda file: file.write(view)), url, patience_s)
-    elif _is_s3(fs) and view.nbytes > PART_BYTES:
-        _publish_parts(fs, path, view.nbytes, lambda start, end: bytes(view[start:end]), url, patience_s)
+    elif _is_s3(fs) and view.nbytes > multipart.PART_BYTES:
+        multipart.publish(fs, path, view.nbytes, lambda start, end: bytes(view[start:end]), url, patience_s)
     else:
         retry(lambda: fs.pipe_file(path, bytes(view)), url, patience_s)
 
@@ -203,10 +199,10 @@ def upload(local: str | Path, url: str, patience_s: float = PATIENCE_S) -> None:
     if _is_local(fs):
         with open(local, "rb") as source:
             retry(lambda: copy_file(source, path), url, patience_s)
-    elif _is_s3(fs) and length > PART_BYTES:
+    elif _is_s3(fs) and length > multipart.PART_BYTES:
         with open(local, "rb") as source:
             descriptor = source.fileno()
-            _publish_parts(
+            multipart.publish(
                 fs, path, length, lambda start, end: os.pread(descriptor, end - start, start), url, patience_s
             )
     else:
@@ -259,24 +255,7 @@ def abort_uploads(url: str, patience_s: float = PATIENCE_S) -> int:
     A process that is killed while it uploads leaves its parts in the bucket: no listing shows them, the bill does.
     """
     fs, path = filesystem(url)
-    if not _is_s3(fs):
-        return 0
-    bucket, _, prefix = path.rstrip("/").partition("/")
-    place: dict[str, Any] = {"Bucket": bucket, "Prefix": f"{prefix}/"}
-    uploads: list[dict[str, Any]] = []
-    while True:
-        page = retry(partial(fs.call_s3, "list_multipart_uploads", **place), url, patience_s)
-        uploads += page.get("Uploads", [])
-        if not page.get("IsTruncated"):
-            break
-        place |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
-    for upload in uploads:
-        target = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
-        try:
-            retry(partial(fs.call_s3, "abort_multipart_upload", **target), url, patience_s)
-        except NotFoundError:  # it ended by itself
-            pass
-    return len(uploads)
+    return multipart.abort(fs, path, url, patience_s) if _is_s3(fs) else 0
 
 
 def check_access(url: str, name: str | None = None, patience_s: float = 9.0) -> None:
@@ -327,43 +306,3 @@ def _listing(action: Callable[[], Any], empty: Any, url: str, patience_s: float)
             return empty
 
     return retry(attempt, url, patience_s)
-
-
-def _publish_parts(
-    fs: Any, path: str, length: int, part: Callable[[int, int], bytes], url: str, patience_s: float
-) -> None:
-    """S3's multipart upload of `length` bytes, where part(start, end) gives some of them."""
-    bucket, _, key = path.partition("/")
-    step = max(PART_BYTES, -(-length // MAX_PARTS))
-    upload_id = retry(lambda: fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key), url, patience_s)[
-        "UploadId"
-    ]
-    target = {"Bucket": bucket, "Key": key, "UploadId": upload_id}
-
-    def send(start: int) -> dict[str, Any]:
-        body, number = part(start, min(start + step, length)), start // step + 1
-        sent = retry(lambda: fs.call_s3("upload_part", **target, PartNumber=number, Body=body), url, patience_s)
-        return {"PartNumber": number, "ETag": sent["ETag"]}
-
-    try:
-        with ThreadPoolExecutor(PARTS_AT_ONCE, thread_name_prefix="upload") as pool:
-            parts = list(pool.map(send, range(0, length, step)))
-        finish = {**target, "MultipartUpload": {"Parts": parts}}
-        try:
-            retry(lambda: fs.call_s3("complete_multipart_upload", **finish), url, patience_s)
-        except NotFoundError:
-            # A completion whose answer was lost has used the upload up: then the object is there, with its tag.
-            if retry(lambda: fs.info(path), url, patience_s)["ETag"].strip('"') != _tag_of(parts):
-                raise
-    except BaseException:
-        try:
-            fs.call_s3("abort_multipart_upload", **target)
-        except Exception as error:  # the first error matters; `abort_uploads` finds the parts later
-            log.warning("storage: an upload's parts remain: %s", classify(error, url))
-        raise
-
-
-def _tag_of(parts: list[dict[str, Any]]) -> str:
-    """S3's ETag of an object that was uploaded in parts."""
-    digests = b"".join(bytes.fromhex(part["ETag"].strip('"')) for part in parts)
-    return f"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(parts)}"

@@ -11,7 +11,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS: list[tuple[str, ...]] = [
     ("ddpm_dist.errors", "ddpm_dist.interrupt", "ddpm_dist.config", "ddpm_dist.recipe", "ddpm_dist.cli"),
-    ("ddpm_dist.storage", "ddpm_dist.storage_errors", "ddpm_dist.storage_local", "ddpm_dist.rng"),
+    (
+        "ddpm_dist.storage",
+        "ddpm_dist.storage_errors",
+        "ddpm_dist.storage_local",
+        "ddpm_dist.storage_multipart",
+        "ddpm_dist.rng",
+    ),
     ("ddpm_dist.data", "ddpm_dist.diffusion", "ddpm_dist.models"),
     ("ddpm_dist.scheduler", "ddpm_dist.snapshot", "ddpm_dist.distributed", "ddpm_dist.training"),
     ("ddpm_dist.sampling",),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_dist import storage
+from ddpm_dist import storage, storage_multipart
 from ddpm_dist.errors import AccessError, NotFoundError, ShortReadError, StorageError, UnreachableError
 from tests.faulty_proxy import Fault, FaultyProxy
 from tools.s3_server import S3Server
@@ -122,7 +122,7 @@ def test_more_than_a_page_of_names(bucket_url: str) -> None:
 
 
 def test_large_objects_go_in_parts(faulty_proxy: FaultyProxy, bucket_url: str, tmp_path: Path) -> None:
-    data = random.Random(2).randbytes(2 * storage.PART_BYTES + 12_345)
+    data = random.Random(2).randbytes(2 * storage_multipart.PART_BYTES + 12_345)
     faulty_proxy.inject(Fault.UNAVAILABLE, method="PUT", path="partNumber=2")
     faulty_proxy.inject(Fault.RESET, method="PUT", path="partNumber=3")
     storage.publish(f"{bucket_url}/large", memoryview(data))
@@ -133,13 +133,14 @@ def test_large_objects_go_in_parts(faulty_proxy: FaultyProxy, bucket_url: str, t
     (tmp_path / "file").write_bytes(data)
     storage.upload(tmp_path / "file", f"{bucket_url}/uploaded")
     assert (
-        storage.read_range(f"{bucket_url}/uploaded", storage.PART_BYTES - 5, 10) == data[storage.PART_BYTES - 5 :][:10]
+        storage.read_range(f"{bucket_url}/uploaded", storage_multipart.PART_BYTES - 5, 10)
+        == data[storage_multipart.PART_BYTES - 5 :][:10]
     )
     assert storage.size(f"{bucket_url}/uploaded") == len(data)
 
 
 def test_a_completion_whose_answer_is_lost_is_recognised(faulty_proxy: FaultyProxy, bucket_url: str) -> None:
-    data = random.Random(3).randbytes(storage.PART_BYTES + 1)
+    data = random.Random(3).randbytes(storage_multipart.PART_BYTES + 1)
     faulty_proxy.inject(Fault.LOST_ANSWER, method="POST", path="uploadId=")
     storage.publish(f"{bucket_url}/large", data)
     assert storage.size(f"{bucket_url}/large") == len(data)
@@ -149,7 +150,7 @@ def test_a_completion_whose_answer_is_lost_is_recognised(faulty_proxy: FaultyPro
 def test_an_upload_that_fails_leaves_no_parts(faulty_proxy: FaultyProxy, bucket_url: str, s3_server: S3Server) -> None:
     faulty_proxy.inject(Fault.UNAVAILABLE, method="PUT", path="partNumber=2", times=1000)
     with pytest.raises(UnreachableError):
-        storage.publish(f"{bucket_url}/large", bytes(storage.PART_BYTES + 1), patience_s=0.5)
+        storage.publish(f"{bucket_url}/large", bytes(storage_multipart.PART_BYTES + 1), patience_s=0.5)
     assert not storage.exists(f"{bucket_url}/large")
     assert _unfinished(s3_server, bucket_url) == []
 

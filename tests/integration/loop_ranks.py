@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ddpm_dist import cli, storage
+from ddpm_dist import cli, storage, storage_multipart
 from ddpm_dist.config import Config
 from ddpm_dist.data.loader import Batch
 from ddpm_dist.distributed import state_format as fmt
@@ -136,7 +136,7 @@ def install(world: World, run_url: str, faults: Faults) -> None:
         _record_steps(world, Path(faults.record))
         logging.getLogger().addHandler(logging.FileHandler(Path(faults.record) / f"log-{world.rank}"))
     if faults.small_parts:
-        storage.PART_BYTES, fmt.FILE_BYTES = 5 << 20, 6 << 20
+        storage_multipart.PART_BYTES, fmt.FILE_BYTES = 5 << 20, 6 << 20
     if faults.record is not None or faults.die_at_change is not None:
         _watch_changes(world, faults)
 
