@@ -17,7 +17,8 @@ DdpmDistError
 ├── TrainingError            the run can't go on
 │   ├── NonFiniteError       too many steps in a row with a loss or gradient that isn't finite
 │   ├── HangError            no step within the heartbeat's limit
-│   └── ClaimError           the run folder belongs to another live attempt
+│   ├── ClaimError           the run folder belongs to another live attempt
+│   └── PreemptedError       a node of this attempt is about to be taken away
 ├── ClusterError             too few resources, or a Ray that doesn't answer
 │   └── WorkerRefusedError   a worker that can't do a job's tasks as the others do them
 ├── SamplingError            a sampling job that can't be done as asked
@@ -97,6 +98,10 @@ class HangError(TrainingError):
 
 class ClaimError(TrainingError):
     """The run folder belongs to another live attempt."""
+
+
+class PreemptedError(TrainingError):
+    """A node is about to be taken away; the state is saved, and another attempt goes on without it."""
 
 
 class ClusterError(DdpmDistError):

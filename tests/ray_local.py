@@ -55,6 +55,24 @@ class RayCluster:
                 _kill(process)
             node.wait()
 
+    def announce_loss(self, seconds: int) -> None:
+        """Tells Ray, as a cloud's notice of preemption does, that all nodes but the head are going away."""
+        script = (
+            "import ray, sys; ray.init(sys.argv[1], log_to_driver=False); "
+            "print(*[n['NodeID'] for n in ray.nodes() if 'node:__internal_head__' not in n['Resources']])"
+        )
+        environment = {**os.environ, **self.env}
+        nodes = subprocess.run(
+            [sys.executable, "-c", script, self.address], env=environment, check=True, capture_output=True, text=True
+        ).stdout.split()
+        for node in nodes:
+            command = [
+                str(Path(sys.executable).with_name("ray")), "drain-node", f"--address={self.address}",
+                f"--node-id={node}", "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=a test",
+                f"--deadline-remaining-seconds={seconds}",
+            ]  # fmt: skip
+            subprocess.run(command, env=environment, check=True, capture_output=True)
+
     def workers(self, name: str = "ray::_Host") -> list[psutil.Process]:
         """Actor processes of this cluster whose title begins with a name."""
         found = []

@@ -1,8 +1,9 @@
 """Ray Train adapter: starts one training process per worker, and again after a failure that may pass.
 
 Ray restarts, places and watches the workers; the state they resume from is ours (`checkpoint.py`), so
-nothing is ever reported to Ray Train. The only internals touched are the two policies that
-`TorchTrainer` hands to its controller (tests/distributed/test_ray_train.py holds what we assume of them).
+nothing is ever reported to Ray Train. The internals touched are the two policies that `TorchTrainer` hands to
+its controller, and what Ray knows of nodes that are about to be taken away
+(tests/distributed/test_ray_train.py holds what we assume of them).
 """
 
 import os
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private.state import state
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
@@ -34,6 +36,7 @@ from ddpm_dist.errors import (
     DdpmDistError,
     HangError,
     LoaderProcessError,
+    PreemptedError,
     ShortReadError,
     UnreachableError,
 )
@@ -114,9 +117,10 @@ def await_resources(workers: int, each: dict[str, float], patience_s: float) -> 
         time.sleep(1.0)
 
 
-def alive_nodes() -> set[str]:
-    """Ids of the nodes that the cluster's head knows to be alive now."""
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+def lasting_nodes() -> set[str]:
+    """Ids of the nodes that the cluster's head knows to be alive now, and not about to be taken away."""
+    draining = state.get_draining_nodes()
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining}
 
 
 def admissible_sizes(cfg: Config) -> list[int]:
@@ -165,6 +169,8 @@ def _choose_interface() -> None:
 class _StopOnWrong(DefaultFailurePolicy):
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         own = _own_error(training_failed_error)
+        if isinstance(own, PreemptedError):  # nobody's failure: it doesn't count
+            return FailureDecision.RETRY
         if own is not None and not isinstance(own, MAY_PASS):
             return FailureDecision.RAISE
         return super().make_decision(training_failed_error)
@@ -174,7 +180,8 @@ class _AdmissibleSizes(ElasticScalingPolicy):
     """Ray's elastic policy, but it takes sizes that divide the global batch only, and grows without loss.
 
     Growing restarts the workers, which costs the steps since the last state; so after more room is seen,
-    the next state is awaited. Shrinking happens because workers are gone; it can't wait.
+    the next state is awaited. Running workers are never ended to have fewer: those of a lost node fail, and those
+    of a node that was announced to go away save a state before they leave.
     """
 
     def __init__(self, scaling_config: ScalingConfig, elastic: _Elastic) -> None:
@@ -185,14 +192,16 @@ class _AdmissibleSizes(ElasticScalingPolicy):
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
         # Ray's coordinator hears of a lost node up to 20 s late; workers that it has no room for cost a minute.
-        there = alive_nodes()
+        there = lasting_nodes()
         possible = super()._count_possible_workers({n: r for n, r in reserved_resources.items() if n in there})
         return max((size for size in self._elastic.admissible if size <= possible), default=0)
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
         decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
-        if not isinstance(decision, ResizeDecision) or decision.num_workers <= worker_group_state.num_workers:
+        if not isinstance(decision, ResizeDecision):
             return decision
+        if decision.num_workers <= worker_group_state.num_workers:
+            return NoopDecision()
         newest = self._elastic.newest_state()
         if not self._room_seen:
             self._room_seen, self._state_when_room_was_seen = True, newest

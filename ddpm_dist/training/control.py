@@ -27,8 +27,8 @@ class Shared:
     bad_samples: float
     stop: bool
     """Some rank was asked to save and leave."""
-    save: bool
-    """Some rank's node is about to be taken away: save now, and go on while it lasts."""
+    preempted: bool
+    """Some rank's node is about to be taken away: save, and leave it to another attempt without that node."""
 
 
 class Control:
@@ -40,11 +40,11 @@ class Control:
         self._values: Tensor | None = None
         self._work: dist.Work | None = None
 
-    def tell(self, loss: Tensor, t: Tensor, timesteps: int, bad_samples: int, stop: bool, save: bool) -> None:
+    def tell(self, loss: Tensor, t: Tensor, timesteps: int, bad_samples: int, stop: bool, preempted: bool) -> None:
         """Starts the reduction of this step. loss, t: [B/W] on any device."""
         loss = loss.detach().double().cpu()
         sums, counts = quartile_means(t.cpu(), loss, timesteps)
-        head = torch.tensor([loss.sum(), loss.numel(), bad_samples, stop, save], dtype=torch.float64)
+        head = torch.tensor([loss.sum(), loss.numel(), bad_samples, stop, preempted], dtype=torch.float64)
         self._values = torch.cat((head, sums, counts))
         if self._world.size > 1:
             self._work = dist.all_reduce(self._values, group=self._group, async_op=True)
@@ -56,6 +56,6 @@ class Control:
         if self._work is not None:
             self._work.wait()
         values, self._values, self._work = self._values.tolist(), None, None
-        loss_sum, images, bad, stop, save = values[:HEAD]
+        loss_sum, images, bad, stop, preempted = values[:HEAD]
         sums, counts = values[HEAD : HEAD + QUARTILES], values[HEAD + QUARTILES :]
-        return Shared(loss_sum, images, sums, counts, bad, stop > 0, save > 0)
+        return Shared(loss_sum, images, sums, counts, bad, stop > 0, preempted > 0)

@@ -19,6 +19,7 @@ from ddpm_dist.diffusion.losses import LossHistory
 from ddpm_dist.distributed.checkpoint import StateStore
 from ddpm_dist.distributed.engine import Engine
 from ddpm_dist.distributed.world import World, broadcast_object, gather_objects
+from ddpm_dist.errors import PreemptedError
 from ddpm_dist.recipe import dump_config
 from ddpm_dist.training import run_folder
 from ddpm_dist.training.branch import init_from
@@ -42,7 +43,7 @@ class Training:
     def __init__(self, cfg: Config, world: World, token: str, preempted: Callable[[], bool] = lambda: False) -> None:
         """token: names the job. preempted: whether this rank's node was announced to go away."""
         self.cfg, self.world = cfg, world
-        self._preempted, self._saved_for_preemption = preempted, False
+        self._preempted = preempted
         self._asked_to_stop = False
         if not world.is_first:
             logging.getLogger().setLevel(logging.WARNING)  # what all ranks would say, rank 0 says
@@ -82,18 +83,22 @@ class Training:
             self.events.text("config", f"```yaml\n{dump_config(cfg)}```", self.step)
         self._publish_missing_snapshot()
         batches = self.loader.batches(self.step)
-        stopping = False
-        while self.step < cfg.train.steps and not stopping:
+        stopping = preempted = False
+        while self.step < cfg.train.steps and not (stopping or preempted):
             with self.clock.phase("data"):
                 batch = next(batches)
             with self.trace.around(self.step):
                 result = self._one_step(batch)
-            stopping, saving = self._exchange(batch, result)
+            stopping, preempted = self._exchange(batch, result)
             self.step += 1
-            self._publish(stopping or saving)
+            self._publish(save_now=stopping or preempted)
             if self.step % cfg.logging.every_steps == 0 or self.step == cfg.train.steps or stopping:
                 self._log(result)
             self.watchdog.beat()
+        if preempted and self.step < cfg.train.steps:
+            self.publisher.close()
+            self.store.finish()
+            raise PreemptedError(f"a node is about to be taken away; the state of step {self.step} is saved")
         if stopping:
             log.info("stopped at step %d, as asked; the same command continues", self.step)
 
@@ -150,22 +155,18 @@ class Training:
         return result
 
     def _exchange(self, batch: Batch, result: StepResult) -> tuple[bool, bool]:
-        """Hears of the last step, tells of this one; whether all ranks are to stop, and to save, now."""
+        """Hears of the last step, tells of this one; whether all ranks are to save and leave now: as asked, or as
+        some node is about to be taken away."""
         heard = self.control.hear()
         stop = self._asked_to_stop or (self.lease is not None and self.lease.stop_requested)
-        save = self._preempted() and not self._saved_for_preemption
         bad = sum(batch.bad.values())
-        self.control.tell(result.loss, result.t, self.cfg.diffusion.timesteps, bad, stop, save)
+        self.control.tell(result.loss, result.t, self.cfg.diffusion.timesteps, bad, stop, self._preempted())
         if self.lease is not None:
             self.lease.step = self.step
         if heard is None:
             return False, False
         self.window.add(heard)
-        saving = heard.save and not self._saved_for_preemption
-        if saving:
-            log.info("a node is about to be taken away: saving at step %d", self.step + 1)
-            self._saved_for_preemption = True
-        return heard.stop, saving
+        return heard.stop, heard.preempted
 
     def _publish_missing_snapshot(self) -> None:
         """The snapshot of the step that was resumed from, if a kill came between its state and itself."""

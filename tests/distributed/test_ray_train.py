@@ -12,7 +12,14 @@ from ray.train.v2.api.config import FailureConfig, ScalingConfig
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from ddpm_dist.distributed import ray_train
-from ddpm_dist.errors import DdpmDistError, HangError, LoaderProcessError, NonFiniteError, UnreachableError
+from ddpm_dist.errors import (
+    DdpmDistError,
+    HangError,
+    LoaderProcessError,
+    NonFiniteError,
+    PreemptedError,
+    UnreachableError,
+)
 from ddpm_dist.recipe import parse_config
 
 RECIPE = """
@@ -63,7 +70,7 @@ def policy(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ray_train._Admissib
 
     def make(cpus: list[int], states: list[int | None], dead: Container[int] = ()) -> ray_train._AdmissibleSizes:
         nodes = {str(i) for i in range(len(cpus)) if i not in dead}
-        monkeypatch.setattr(ray_train, "alive_nodes", lambda: nodes)
+        monkeypatch.setattr(ray_train, "lasting_nodes", lambda: nodes)
         monkeypatch.setattr(ElasticScalingPolicy, "_maybe_send_resource_request", lambda self: None)
         monkeypatch.setattr(
             ElasticScalingPolicy,
@@ -102,6 +109,18 @@ def test_growth_waits_for_a_new_state(policy: Callable[..., ray_train._Admissibl
     decisions = [ours.make_decision_for_running_worker_group(running, None) for _ in range(3)]
     assert [type(d) for d in decisions] == [NoopDecision, NoopDecision, ResizeDecision]
     assert decisions[-1].num_workers == 8
+
+
+def test_running_workers_are_not_ended_to_have_fewer(policy: Callable[..., ray_train._AdmissibleSizes]) -> None:
+    """Those of a node that is to be taken away save a state first, and leave by themselves."""
+    running = SimpleNamespace(num_workers=4, start_time=float("-inf"))
+    ours = policy([2, 2], [], dead=[1])
+    assert isinstance(ours.make_decision_for_running_worker_group(running, None), NoopDecision)
+
+
+def test_a_preemption_is_not_counted_as_a_failure() -> None:
+    policy = ray_train._StopOnWrong(FailureConfig(max_failures=0))
+    assert policy.make_decision(failure(PreemptedError("step 7 is saved"))) is FailureDecision.RETRY
 
 
 def test_the_same_size_is_no_decision(policy: Callable[..., ray_train._AdmissibleSizes]) -> None:

@@ -1,5 +1,6 @@
 """Ray jobs whose ranks hang, whose loader processes die and whose nodes go and come: real processes, real signals."""
 
+import json
 import os
 import signal
 import subprocess
@@ -129,6 +130,35 @@ def test_a_loader_process_that_dies_costs_an_attempt_and_nothing_else(
     last = latest_step(run_url)
     assert last is not None
     assert loop.fingerprint(run_url) == unbroken(f"{bucket_url}/unbroken", data_url, last, 1)
+
+
+@pytest.mark.timeout(900)
+def test_a_node_that_is_announced_to_go_away_is_left_without_loss(
+    cluster: RayCluster, data_url: str, bucket_url: str, tmp_path: Path
+) -> None:
+    """Ray's preemption notice: both ranks save and leave; the run goes on from there on the node that stays."""
+    node = cluster.add_node(1)
+    run_url = f"{bucket_url}/run"
+    job = Job(cluster, tmp_path, f"run.url={run_url}", f"data.url={data_url}", "train.steps=1000000",
+              "checkpoint.every_steps=1000000", "cluster.workers=[1,2]", "cluster.max_failures=0")  # fmt: skip
+    try:
+        job.wait_until(lambda: job.last_world() == 2 and len(loop.steps_of(tmp_path)) > 3)
+        cluster.announce_loss(seconds=90)
+        job.wait_until(lambda: latest_step(run_url) is not None, 60)
+        saved = latest_step(run_url) or 0
+        job.wait_until(lambda: job.last_world() == 1)
+        cluster.kill_node(node)
+        reached = max(loop.steps_of(tmp_path))
+        job.wait_until(lambda: max(loop.steps_of(tmp_path)) > reached)
+        storage.publish(f"{run_url}/stop", b"")
+        text = job.finish()
+    finally:
+        ended(job)
+    assert f"the state of step {saved} is saved" in text
+    assert f"continuing at step {saved} " in text
+    done = [json.loads(line) for path in tmp_path.glob("steps-*") for line in path.read_text().splitlines()]
+    assert max(entry["step"] for entry in done if entry["attempt"] == 0) == saved - 1, "no step was made in vain"
+    assert min(entry["step"] for entry in done if entry["attempt"] == 1) == saved
 
 
 @pytest.mark.full
