@@ -5,7 +5,6 @@ Run as a Ray job, this file is one of both sides; every step leaves a line in th
 
 import json
 import os
-import signal
 import statistics
 import sys
 import tempfile
@@ -27,8 +26,7 @@ from ddpm_dist.config import Config  # noqa: E402
 from ddpm_dist.distributed.state_history import latest_step  # noqa: E402
 from ddpm_dist.errors import ClusterError  # noqa: E402
 from ddpm_dist.recipe import dump_config, parse_config  # noqa: E402
-from tools.processes import with_environment  # noqa: E402
-from tools.ray_cluster import MARKER, RayCluster  # noqa: E402
+from tools.ray_cluster import RayCluster  # noqa: E402
 from tools.s3_server import S3Server, client_environment  # noqa: E402
 
 EVERY = 5
@@ -66,12 +64,12 @@ def _one_kill(side: str, cfg: Config, server: S3Server, core: int) -> float:
             job = threading.Thread(target=_submit, args=(cluster, command, lines))
             job.start()
             _await(lambda: len(stamps.read_text().splitlines()) > 2 * EVERY + 2, job, lines)
-            (worker,) = [pid for pid in with_environment(MARKER, cluster.env[MARKER]) if _is_worker(pid)]
-            os.kill(worker, signal.SIGKILL)
+            (worker,) = [process for process in cluster.processes() if _is_worker(process)]
+            worker.kill()
             killed = time.time()
-            _await(lambda: any(pid != worker for pid, _ in _read(stamps)), job, lines)
+            _await(lambda: any(pid != worker.pid for pid, _ in _read(stamps)), job, lines)
         job.join()
-        return next(when for pid, when in _read(stamps) if pid != worker) - killed
+        return next(when for pid, when in _read(stamps) if pid != worker.pid) - killed
 
 
 def _submit(cluster: RayCluster, command: list[str], lines: list[str]) -> None:
@@ -89,9 +87,9 @@ def _await(true: Callable[[], bool], job: threading.Thread, lines: list[str]) ->
         time.sleep(0.02)
 
 
-def _is_worker(pid: int) -> bool:
+def _is_worker(process: psutil.Process) -> bool:
     try:
-        return bool(psutil.Process(pid).cmdline()[0].startswith("ray::RayTrainWorker"))
+        return bool(process.cmdline()[0].startswith("ray::RayTrainWorker"))
     except (psutil.Error, IndexError):
         return False
 

@@ -1,7 +1,9 @@
 """Processes that don't outlive whoever started them."""
 
 import contextlib
+import ctypes
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -11,7 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
+
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
 _LAUNCHER = (
     "import ctypes, os, sys\n"
     f"if sys.platform == 'linux': ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {int(signal.SIGKILL)})\n"
@@ -40,44 +45,50 @@ def end(process: subprocess.Popen[Any], patience_s: float = 10.0) -> None:
         process.wait()
 
 
-def end_all_with(name: str, value: str) -> None:
-    """SIGKILL for every process of this user whose environment began with `name=value`, until there is none."""
-    while found := with_environment(name, value):
-        for pid in found:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.05)
+def start_family(command: Sequence[str], folder: Path, **options: Any) -> subprocess.Popen[bytes]:
+    """Starts a command with a guardian, which is what is returned, and which all of its descendants end with.
 
-
-def with_environment(name: str, value: str) -> list[int]:
-    """Pids of the processes, but for this one, whose environment began with `name=value` (Linux; elsewhere none)."""
-    wanted, found = f"{name}={value}".encode(), []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            variables = (entry / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if wanted in variables and int(entry.name) != os.getpid():
-            found.append(int(entry.name))
-    return found
-
-
-def start_guardian(name: str, value: str, folder: Path) -> subprocess.Popen[bytes]:
-    """A process that waits until its stdin is closed, or its starter is dead, and then cleans up.
-
-    It ends all processes with `name=value` and removes the folder. For families whose members don't all die together:
-    Ray's agents outlive a raylet that was killed.
+    For families whose members leave their parents: Ray's agents outlive a raylet that was killed, and overwrite the
+    environment by which one might know them. The guardian adopts who loses a parent. When its stdin is closed, or its
+    starter is dead, it ends the command and all others, removes the folder and ends with 0; when the command ends by
+    itself, it ends the others and itself with 1.
     """
     return subprocess.Popen(
-        [sys.executable, "-S", "-E", __file__, name, value, str(folder)],
+        [sys.executable, "-E", __file__, str(folder), *command],
         stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
         start_new_session=True,
+        **options,
     )
 
 
+def _guard(folder: str, command: Sequence[str]) -> int:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    process = start_bound(command, stdin=subprocess.DEVNULL)
+    released = False
+    while process.poll() is None and not released:
+        released = bool(select.select([sys.stdin], [], [], 0.2)[0])  # its end is all that comes there
+    if released:
+        end(process, patience_s=5.0)
+    while _has_children():
+        for descendant in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                descendant.kill()
+        time.sleep(0.05)
+    if released:
+        shutil.rmtree(folder, ignore_errors=True)
+    return 0 if released else 1
+
+
+def _has_children() -> bool:
+    """After taking note of those that have ended. Orphans of a descendant are children before it is gone."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return False
+    return True
+
+
 if __name__ == "__main__":
-    sys.stdin.buffer.read()
-    end_all_with(sys.argv[1], sys.argv[2])
-    shutil.rmtree(sys.argv[3], ignore_errors=True)
+    sys.exit(_guard(sys.argv[1], sys.argv[2:]))

@@ -4,6 +4,7 @@ import atexit
 import json
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,13 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+import psutil  # type: ignore[import-untyped]
+
 from ddpm_dist.errors import ClusterError
-from tools.processes import end, start_bound, start_guardian
+from tools.processes import end, start_bound, start_family
 from tools.s3_server import ROOT, free_port
 
 READY_S = 120.0
-MARKER = "DDPM_DIST_CLUSTER"
-"""In the environment of every process of the cluster, with a value of its own for each cluster."""
 
 
 class RayCluster:
@@ -33,9 +34,7 @@ class RayCluster:
 
     def __init__(self, cpus: int, environment: Mapping[str, str]) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="ddpm-ray-", dir="/tmp"))
-        self._marker = secrets.token_hex(8)
-        self._guardian = start_guardian(MARKER, self._marker, self._folder)
-        self._process: subprocess.Popen[bytes] | None = None
+        self._guardian: subprocess.Popen[bytes] | None = None
         self._owner = os.getpid()
         self.cpus = cpus
         self.address = f"http://127.0.0.1:{free_port()}"
@@ -56,7 +55,6 @@ class RayCluster:
             "PYTHONUNBUFFERED": "1",
             "OMP_NUM_THREADS": "1",
             "TMPDIR": str(self._folder),  # what its processes leave there goes with it
-            MARKER: self._marker,
         }
         atexit.register(self.stop)
 
@@ -70,18 +68,13 @@ class RayCluster:
         command += [f"--object-store-memory={256 * 2**20}", f"--temp-dir={self._folder}", "--disable-usage-stats"]
         command += ["--min-worker-port=0", "--max-worker-port=0"]  # whatever is free, beside other clusters
         with open(output, "wb") as file:
-            self._process = start_bound(
-                command,
-                env=self.env,
-                cwd=self._folder,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # a terminal's Ctrl-C is for its clients
+            # In a session of its own, as a terminal's Ctrl-C is for its clients.
+            self._guardian = start_family(
+                command, self._folder, env=self.env, cwd=self._folder, stdout=file, stderr=subprocess.STDOUT
             )
         deadline = time.monotonic() + READY_S
         while not self._takes_jobs():
-            if self._process.poll() is not None or time.monotonic() > deadline:
+            if self._guardian.poll() is not None or time.monotonic() > deadline:
                 words = output.read_text(errors="replace")[-1500:].strip()
                 self.stop()
                 raise ClusterError(f"Ray didn't start within {READY_S:.0f} s on this machine; its last words:\n{words}")
@@ -117,13 +110,18 @@ class RayCluster:
         """Ends every process of the cluster and removes its folder."""
         if os.getpid() != self._owner:
             return  # a fork of the process that started the cluster
-        process, self._process = self._process, None
-        if process is not None:
-            end(process, patience_s=5.0)
-        if self._guardian.stdin is not None:
+        if self._guardian is not None:
+            assert self._guardian.stdin is not None
             self._guardian.stdin.close()
-        self._guardian.wait()
+            self._guardian.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
         atexit.unregister(self.stop)
+
+    def processes(self) -> list[psutil.Process]:
+        """All processes of the cluster, those of its jobs and workers included."""
+        if self._guardian is None or self._guardian.poll() is not None:
+            return []
+        return psutil.Process(self._guardian.pid).children(recursive=True)
 
     def _takes_jobs(self) -> bool:
         token = (self._folder / "token").read_text()

@@ -1,5 +1,6 @@
 """`make demo`: what it says, what it leaves, and what happens when it is broken off."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,15 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from PIL import Image
-
-from tools.processes import end_all_with, with_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "DDPM_DIST_TEST_OF_THE_DEMO"
@@ -30,7 +29,23 @@ def mark() -> Iterator[str]:
     """A value that all processes of a test's demo carry in their environment."""
     value = uuid.uuid4().hex
     yield value
-    end_all_with(MARK, value)
+    for process in marked(value):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def marked(value: str) -> list[psutil.Process]:
+    """The processes, but for this one, that carry a mark. Ray's agents may have written over theirs."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARK) == value and process.pid != os.getpid():
+                found.append(process)
+    return found
+
+
+def family(demo: "subprocess.Popen[str]") -> list[psutil.Process]:
+    return psutil.Process(demo.pid).children(recursive=True)
 
 
 def start_demo(out: Path, mark: str, *arguments: str) -> subprocess.Popen[str]:
@@ -55,14 +70,14 @@ def read_until(demo: subprocess.Popen[str], words: str) -> str:
     pytest.fail(f"the demo ended with {demo.wait()} before it said {words!r}:\n{said}")
 
 
-def assert_nothing_stays(demo: subprocess.Popen[str], mark: str, patience_s: float) -> None:
-    """The processes are gone when the demo is; for one that was killed, soon after."""
+def assert_nothing_stays(
+    demo: subprocess.Popen[str], mark: str, members: Iterable[psutil.Process], patience_s: float
+) -> None:
+    """The processes are gone when the demo is; for one that was killed, soon after. members: those known before."""
     rest, _ = demo.communicate(timeout=120)
-    deadline = time.monotonic() + patience_s
-    while (left := with_environment(MARK, mark)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    commands = [Path(f"/proc/{pid}/cmdline").read_bytes()[:80] for pid in left if Path(f"/proc/{pid}").exists()]
-    assert not left, f"{commands} still run after:\n{rest}"
+    _, alive = psutil.wait_procs(members, timeout=patience_s)
+    left = [str(process) for process in {*alive, *marked(mark)} if process.is_running()]
+    assert not left, f"{left} still run after:\n{rest}"
 
 
 @pytest.mark.parametrize(
@@ -81,12 +96,14 @@ def assert_nothing_stays(demo: subprocess.Popen[str], mark: str, patience_s: flo
 def test_no_process_stays_behind(how: signal.Signals, moment: str, tmp_path: Path, mark: str) -> None:
     demo = start_demo(tmp_path / "out", mark)
     read_until(demo, moment)
-    assert with_environment(MARK, mark), "otherwise this test could not fail"
+    members = family(demo)
+    assert members, "otherwise this test could not fail"
+    assert marked(mark), "nor this way"
     if how is signal.SIGINT:
         os.killpg(demo.pid, how)  # as a terminal does it
     else:
         demo.send_signal(how)
-    assert_nothing_stays(demo, mark, patience_s=60 if how is signal.SIGKILL else 0)
+    assert_nothing_stays(demo, mark, members, patience_s=60 if how is signal.SIGKILL else 0)
     assert demo.returncode == (-signal.SIGKILL if how is signal.SIGKILL else 130)
 
 
@@ -112,14 +129,15 @@ def test_interrupted_and_gone_on_with(tmp_path: Path, mark: str) -> None:
     out = tmp_path / "out"
     demo = start_demo(out, mark, "--steps", "1000")
     read_until(demo, "step 700/1000")
+    members = family(demo)
     os.killpg(demo.pid, signal.SIGINT)
-    assert_nothing_stays(demo, mark, patience_s=0)
+    assert_nothing_stays(demo, mark, members, patience_s=0)
     demo = start_demo(out, mark, "--steps", "1000")
     said, _ = demo.communicate(timeout=1800)
     assert demo.returncode == 0, said
     steps = [int(step) for step in re.findall(r"continuing at step (\d+)", said)]
     assert [step >= 500 for step in steps] == [True], said
-    assert not with_environment(MARK, mark)
+    assert not marked(mark)
     check_results(out, images=1000 * 32)
 
 
@@ -141,7 +159,7 @@ def test_from_a_fresh_clone(tmp_path: Path, mark: str) -> None:
             stdin=subprocess.DEVNULL,
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        assert not with_environment(MARK, mark)
+        assert not marked(mark)
         assert ("installing into .venv" in done.stdout) == (round_ == 0), "the set-up is done once"
         check_results(clone / "out/demo", images=None)
     assert "finished" in done.stdout

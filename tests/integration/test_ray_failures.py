@@ -53,6 +53,16 @@ class Job:
     def wait_until(self, true: Callable[[], bool], patience_s: float = 240) -> None:
         jobs.wait_until(true, self.process, self.log, patience_s)
 
+    def wait_for_attempt(self, run_url: str, attempt: int) -> None:
+        """Until it has claimed the run, and published a state."""
+        self.wait_until(lambda: attempts(run_url) >= attempt)
+        self.wait_for_a_state(run_url)
+
+    def wait_for_a_state(self, run_url: str) -> None:
+        """Until a newer one than there is now is published."""
+        reached = latest_step(run_url) or 0
+        self.wait_until(lambda: (latest_step(run_url) or 0) > reached)
+
     def finish(self) -> str:
         jobs.finish(self.process, self.log, 400)
         return self.log.read_text()
@@ -61,6 +71,10 @@ class Job:
         """Ranks of the newest step that was recorded."""
         steps = loop.steps_of(self.folder)
         return int(steps[max(steps)]["world"]) if steps else 0
+
+
+def attempts(run_url: str) -> int:
+    return max(state_history.read(f"{run_url}/checkpoints")[0])
 
 
 def ended(job: Job) -> None:
@@ -87,11 +101,8 @@ def test_a_rank_that_stops_is_found_by_the_others_and_the_run_begins_again(
         job.wait_until(lambda: (latest_step(run_url) or 0) >= 5)
         stopped = cluster.workers("ray::RayTrainWorker")[0]
         stopped.suspend()
-        claims = state_history.read(f"{run_url}/checkpoints")[0]
-        assert max(claims) == 1
-        job.wait_until(lambda: max(state_history.read(f"{run_url}/checkpoints")[0]) == 2)
-        reached = latest_step(run_url) or 0
-        job.wait_until(lambda: (latest_step(run_url) or 0) > reached)
+        assert attempts(run_url) == 1
+        job.wait_for_attempt(run_url, 2)
         assert not stopped.is_running() or stopped.status() == psutil.STATUS_ZOMBIE, "Ray has ended what hung"
         storage.publish(f"{run_url}/stop", b"")
         text = job.finish()
@@ -119,9 +130,7 @@ def test_a_loader_process_that_dies_costs_an_attempt_and_nothing_else(
         (worker,) = cluster.workers("ray::RayTrainWorker")
         (loader,) = [p for p in worker.children() if any("spawn_main" in part for part in p.cmdline())]
         loader.send_signal(signal.SIGKILL)
-        job.wait_until(lambda: max(state_history.read(f"{run_url}/checkpoints")[0]) == 2)
-        reached = latest_step(run_url) or 0
-        job.wait_until(lambda: (latest_step(run_url) or 0) > reached)
+        job.wait_for_attempt(run_url, 2)
         storage.publish(f"{run_url}/stop", b"")
         text = job.finish()
     finally:
@@ -176,16 +185,13 @@ def test_an_elastic_run_takes_admissible_sizes_and_the_same_batches(
     try:
         job.wait_until(lambda: (latest_step(run_url) or 0) >= 5)
         worlds.append(job.last_world())
-        attempts = max(state_history.read(f"{run_url}/checkpoints")[0])
+        before = attempts(run_url)
         cluster.workers("ray::RayTrainWorker")[0].kill()
-        job.wait_until(lambda: max(state_history.read(f"{run_url}/checkpoints")[0]) > attempts)
-        reached = latest_step(run_url) or 0
-        job.wait_until(lambda: (latest_step(run_url) or 0) > reached)
+        job.wait_for_attempt(run_url, before + 1)
         for change, size in ((lambda: cluster.kill_node(node), 1), (lambda: cluster.add_node(3), 4)):
             change()
             job.wait_until(lambda size=size: job.last_world() == size, 400)
-            reached = latest_step(run_url) or 0
-            job.wait_until(lambda reached=reached: (latest_step(run_url) or 0) > reached)
+            job.wait_for_a_state(run_url)
             worlds.append(job.last_world())
         storage.publish(f"{run_url}/stop", b"")
         job.finish()

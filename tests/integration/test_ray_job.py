@@ -1,7 +1,7 @@
 """`ray job submit … launch/train.py` on a real cluster: workers and drivers killed, mistakes answered."""
 
+import contextlib
 import os
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,16 +51,13 @@ class Job:
         return "\n".join(self.lines)
 
 
-def kill(is_it: Callable[[list[str]], bool]) -> None:
-    """SIGKILL to one process of this module's cluster, known by its command line."""
-    for process in psutil.process_iter():
-        try:
-            ours = process.environ().get("AWS_ENDPOINT_URL") == os.environ["AWS_ENDPOINT_URL"]
-            if ours and is_it(process.cmdline()):
-                process.send_signal(signal.SIGKILL)
+def kill(cluster: RayCluster, is_it: Callable[[list[str]], bool]) -> None:
+    """SIGKILL to one process of the cluster, known by its command line."""
+    for process in cluster.processes():
+        with contextlib.suppress(psutil.Error):
+            if is_it(process.cmdline()):
+                process.kill()
                 return
-        except psutil.Error:
-            continue
     raise AssertionError("there is no such process")
 
 
@@ -92,9 +89,9 @@ def test_killed_worker_and_killed_driver_leave_no_trace_in_the_weights(cluster: 
 
     job = Job(cluster, f"run.url={broken}", *common)
     wait_for_state(broken, 4, job)
-    kill(is_worker)  # Ray Train starts the workers again, within the same job
+    kill(cluster, is_worker)  # Ray Train starts the workers again, within the same job
     wait_for_state(broken, 12, job)
-    kill(is_driver)  # the driver; nobody starts it again
+    kill(cluster, is_driver)  # the driver; nobody starts it again
     job.wait()
     text = Job(cluster, f"run.url={broken}", *common).wait()
     assert f"finished at step {STEPS}" in text, text[-4000:]
