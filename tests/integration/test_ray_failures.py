@@ -152,8 +152,8 @@ def test_a_node_that_is_announced_to_go_away_is_left_without_loss(
               "checkpoint.every_steps=1000000", "cluster.workers=[1,2]", "cluster.max_failures=0")  # fmt: skip
     try:
         job.wait_until(lambda: job.last_world() == 2 and len(loop.steps_of(tmp_path)) > 3)
-        cluster.announce_loss(seconds=90)
-        job.wait_until(lambda: latest_step(run_url) is not None, 60)
+        cluster.announce_loss(seconds=200)
+        job.wait_until(lambda: latest_step(run_url) is not None, 180)
         saved = latest_step(run_url) or 0
         job.wait_until(lambda: job.last_world() == 1)
         cluster.kill_node(node)
