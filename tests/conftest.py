@@ -1,6 +1,7 @@
 """Fixtures of all tests: a real S3 server on loopback, and a fresh folder in its bucket."""
 
 import os
+import signal
 import uuid
 from collections.abc import Iterator
 
@@ -8,6 +9,9 @@ import pytest
 
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")  # before torch is imported: the same sums on any number of cores
+
+# What tests start is to hear Ctrl-C also where a shell in the background had these tests ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from ddpm_dist import storage  # noqa: E402
 from tests.faulty_proxy import FaultyProxy  # noqa: E402
