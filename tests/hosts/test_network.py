@@ -33,7 +33,7 @@ def test_each_host_has_its_own_name_address_interface_processes_and_files(networ
     assert b.interface not in a.run("ip -brief link")
     assert a.run("getent hosts a").split()[0] == "127.0.1.1"
     b.run("sleep 1000 & echo here > /tmp/file; echo here > ~/file")
-    assert "sleep" in b.programs()
+    wait_until(lambda: "sleep" in b.programs(), lambda: str(b.programs()))
     assert "sleep" not in a.programs()
     a.run("test ! -e /tmp/file && test ! -e ~/file")
     assert not Path("/tmp/file").exists()

@@ -56,31 +56,31 @@ def receipts(out: str) -> int:
 
 
 def test_over_two_hosts(site: Site, whole: dict[str, str]) -> None:
-    start(site, "two").finish()
-    assert contents(f"s3://{BUCKET}/two") == whole
+    start(site, "samples-two").finish()
+    assert contents(f"s3://{BUCKET}/samples-two") == whole
 
 
 def test_a_host_loses_power(site: Site, whole: dict[str, str]) -> None:
-    sampling, victim = start(site, "dark"), site.workers[1]
-    sampling.until(lambda: receipts("dark") > 2)
+    sampling, victim = start(site, "samples-dark"), site.workers[1]
+    sampling.until(lambda: receipts("samples-dark") > 2)
     victim.power_cut()
-    done = receipts("dark")
+    done = receipts("samples-dark")
     assert done < SAMPLES // 8, "the job was over before the cut; make it larger"
     try:
         sampling.finish()
     finally:
         victim.boot()
         site.ray.add(victim)
-    assert contents(f"s3://{BUCKET}/dark") == whole
+    assert contents(f"s3://{BUCKET}/samples-dark") == whole
 
 
 def test_a_host_is_cut_off_for_a_while(site: Site, whole: dict[str, str]) -> None:
     """Behind the cut it goes on with its unit, and publishes it once more when it is back."""
-    sampling, victim = start(site, "cut"), site.workers[0]
-    sampling.until(lambda: receipts("cut") > 2)
+    sampling, victim = start(site, "samples-cut"), site.workers[0]
+    sampling.until(lambda: receipts("samples-cut") > 2)
     victim.cut()
-    assert receipts("cut") < SAMPLES // 8, "the job was over before the cut; make it larger"
+    assert receipts("samples-cut") < SAMPLES // 8, "the job was over before the cut; make it larger"
     time.sleep(CUT_S)
     victim.heal()
     sampling.finish()
-    assert contents(f"s3://{BUCKET}/cut") == whole
+    assert contents(f"s3://{BUCKET}/samples-cut") == whole
