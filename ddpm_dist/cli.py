@@ -9,7 +9,7 @@ from typing import Any
 
 from ddpm_dist import interrupt
 from ddpm_dist.config import Config, check_url
-from ddpm_dist.errors import DdpmDistError
+from ddpm_dist.errors import DdpmDistError, without_url_secrets
 from ddpm_dist.recipe import dump_config, load_config
 
 EXIT_ERROR = 1
@@ -57,7 +57,7 @@ def url(text: str) -> str:
     try:
         return check_url(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+        raise argparse.ArgumentTypeError(f"{without_url_secrets(text)!r}: {error}") from None
 
 
 class Once(argparse.Action):
@@ -73,6 +73,20 @@ def positive(text: str) -> int:
     """For argparse: a whole number from 1 on."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 on")
+    return int(text)
+
+
+def count(text: str) -> int:
+    """For argparse: a whole number from 0 on."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 0 on")
+    return int(text)
+
+
+def percent(text: str) -> int:
+    """For argparse: a whole number from 1 to 100."""
+    if not text.isdecimal() or not 1 <= int(text) <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 to 100")
     return int(text)
 
 

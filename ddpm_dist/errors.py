@@ -27,6 +27,14 @@ DdpmDistError
 A message says what was wrong, which value, where, and what to do about it.
 """
 
+import re
+
+
+def without_url_secrets(text: str) -> str:
+    """Text without the user:password@ and the query strings of its URLs."""
+    text = re.sub(r"(\w+://)[^/@\s]*@", r"\1", text)
+    return re.sub(r"(\w+://[^\s?]*)\?[^\s']*", r"\1", text)
+
 
 class DdpmDistError(Exception):
     """Base of all errors that are shown to the user as one message, without a traceback."""

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ddpm_dist.config import Config
-from ddpm_dist.errors import ConfigError
+from ddpm_dist.errors import ConfigError, without_url_secrets
 
 
 class _Loader(yaml.SafeLoader):
@@ -61,6 +61,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ConfigError(f"--config {path}: not a text file (UTF-8)") from None
+    except IsADirectoryError:
+        raise ConfigError(f"--config {path}: a folder; name a file, such as configs/digits.yaml") from None
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror or error}; the recipes are in configs/") from None
     return parse_config(text, overrides, source=str(path))
@@ -88,14 +90,16 @@ def validate(values: dict[str, Any], source: str) -> Config:
             beginning, message = _explain(one)
             lines.setdefault(beginning, []).append(message)
         text = [beginning + ", or ".join(dict.fromkeys(messages)) for beginning, messages in lines.items()]
-        raise ConfigError(f"{source}:\n  " + "\n  ".join(text)) from None
+        raise ConfigError(without_url_secrets(f"{source}:\n  " + "\n  ".join(text))) from None
     except TypeError as error:
         raise ConfigError(f"{source}: {error}") from None
 
 
 def parse_yaml(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 - _Loader is a SafeLoader
+        loader = _Loader(text)
+        loader.name = source
+        return loader.get_single_data()
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{source}: not YAML: {error}") from None
 

@@ -68,9 +68,15 @@ def filesystem(url: str) -> tuple[Any, str]:
     if protocol == "s3" and not re.fullmatch(r"[A-Za-z0-9][\w.:-]{1,254}(/.*)?", rest, re.DOTALL):
         raise StorageError(f"{redact(url)}: names no bucket; write s3://BUCKET/FOLDER")
     if protocol == "s3":
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        if endpoint is not None and "@" in endpoint:
+            raise StorageError(
+                "AWS_ENDPOINT_URL: holds user:password@; give them as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and "
+                "write http://HOST:PORT or https://HOST"
+            )
         options = {
             "use_listings_cache": False,
-            "endpoint_url": os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"),
+            "endpoint_url": endpoint,
             "config_kwargs": {
                 "connect_timeout": CONNECT_TIMEOUT_S,
                 "read_timeout": READ_TIMEOUT_S,

@@ -7,12 +7,19 @@ import errno
 import logging
 import os
 import random
-import re
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from ddpm_dist.errors import AccessError, DdpmDistError, NotFoundError, ShortReadError, StorageError, UnreachableError
+from ddpm_dist.errors import (
+    AccessError,
+    DdpmDistError,
+    NotFoundError,
+    ShortReadError,
+    StorageError,
+    UnreachableError,
+    without_url_secrets,
+)
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -101,8 +108,7 @@ def answer_of(error: BaseException) -> tuple[str, int | None]:
 
 def redact(text: str) -> str:
     """Text without user:password@, query strings of URLs, and values of secret environment variables."""
-    text = re.sub(r"(\w+://)[^/@\s]*@", r"\1", text)
-    text = re.sub(r"(\w+://[^\s?]*)\?\S*", r"\1", text)
+    text = without_url_secrets(text)
     for name in _SECRETS:
         value = os.environ.get(name)
         if value and len(value) >= SHORTEST_SECRET:

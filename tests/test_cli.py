@@ -77,6 +77,9 @@ def test_print_config_shows_what_would_run(tmp_path: Path) -> None:
     [
         ("launch/train.py", ["--config", "nowhere.yaml"], "error: --config nowhere.yaml: No such file or directory"),
         ("launch/train.py", ["train.bogus=1", "train.steps=many"], "train.bogus: unknown key"),
+        ("launch/train.py", ["--config", "."], "a folder; name a file"),
+        ("launch/train.py", ["run.url=s3://KEY:HIDDEN@b/x"], "run.url: 's3://b/x': keys and options don't belong"),
+        ("launch/train.py", ["run.url=s3://b/x?key=HIDDEN"], "run.url: 's3://b/x': keys and options don't belong"),
         ("launch/train.py", ["cluster.workers=1:4"], "cluster.workers: '1:4': Input should be a valid integer, or In"),
         ("launch/train.py", ["evaluation.every=1", "evaluation.metrics=[lite0]"], "metrics: 'lite0' is unknown"),
         ("launch/train.py", ["evaluation.every=1", "evaluation.metrics=[fid]"], "or evaluation.networks.inception=URL"),
@@ -93,6 +96,7 @@ def test_mistakes_in_launch_scripts(script: str, arguments: list[str], message: 
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+    assert "HIDDEN" not in done.stderr
 
 
 @pytest.mark.parametrize("script", ["train", "sample"])
@@ -137,6 +141,9 @@ def test_scripts_import_it_first(script: str) -> None:
         (cli.url, "file:x", "not an absolute URL"),
         (cli.positive, "0", "from 1 on"),
         (cli.positive, "-3", "from 1 on"),
+        (cli.count, "-1", "from 0 on"),
+        (cli.percent, "500", "from 1 to 100"),
+        (cli.percent, "0", "from 1 to 100"),
         (cli.seed, "-1", "from 0 to"),
         (cli.seed, str(2**63), "from 0 to"),
     ],

@@ -34,6 +34,8 @@ BAD_COLOUR = (255, 0, 0)
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
+    if args.picture and not args.picture.absolute().parent.is_dir():
+        raise ConfigError(f"--picture {args.picture}: there is no folder {args.picture.parent}; create it")
     if args.global_batch % args.world:
         raise ConfigError(f"--world {args.world} doesn't divide --global-batch {args.global_batch}")
     indexes, weights = open_urls(dict(map(_weighted, args.urls)), args.exclude)
@@ -63,15 +65,15 @@ def parse(argv: Sequence[str] | None) -> Any:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("urls", nargs="+", metavar="DATA_URL")
-    parser.add_argument("--seed", type=int, default=0, help="run.seed")
-    parser.add_argument("--global-batch", type=int, required=True, metavar="B")
-    parser.add_argument("--streams", type=int, metavar="S")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="run.seed")
+    parser.add_argument("--global-batch", type=cli.positive, required=True, metavar="B")
+    parser.add_argument("--streams", type=cli.positive, metavar="S")
     parser.add_argument(
         "--shuffle-block", type=int, metavar="K", default=DataConfig.model_fields["shuffle_block"].default
     )
     parser.add_argument("--exclude", nargs="*", default=(), metavar="SHARD")
-    parser.add_argument("--world", type=int, default=1, metavar="W")
-    parser.add_argument("--step", type=int, required=True, metavar="N")
+    parser.add_argument("--world", type=cli.positive, default=1, metavar="W")
+    parser.add_argument("--step", type=cli.count, required=True, metavar="N")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the batch, one row or more a rank")
     return parser.parse_intermixed_args(argv)
 

@@ -37,17 +37,27 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("url", metavar="URL", help="folder of the new data set, such as s3://bucket/name")
     parser.add_argument("--split", default="train", help="part of a data set that is published in parts")
     parser.add_argument("--labels", metavar="FILE", help="labels, where the input doesn't hold them")
-    parser.add_argument("--size", type=int, metavar="PIXELS", help="resize and centre-crop to this height and width")
+    parser.add_argument(
+        "--size", type=cli.positive, metavar="PIXELS", help="resize and centre-crop to this height and width"
+    )
     parser.add_argument("--channels", type=int, choices=(1, 3), help="convert to grey or RGB")
     parser.add_argument("--format", default="png", choices=("png", "jpeg", "raw", "keep"))
-    parser.add_argument("--quality", type=int, default=95, help="of JPEG")
-    parser.add_argument("--shard-bytes", type=int, default=2**26, metavar="BYTES", help="about so many a shard")
-    parser.add_argument("--shard-samples", type=int, metavar="N", help="exactly so many a shard, instead of bytes")
-    parser.add_argument("--seed", type=int, default=0, help="of the shuffle before writing")
+    parser.add_argument("--quality", type=cli.percent, default=95, help="of JPEG")
+    parser.add_argument(
+        "--shard-bytes", type=cli.positive, default=2**26, metavar="BYTES", help="about so many a shard"
+    )
+    parser.add_argument(
+        "--shard-samples", type=cli.positive, metavar="N", help="exactly so many a shard, instead of bytes"
+    )
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of the shuffle before writing")
     parser.add_argument("--skip-bad", action="store_true", help="leave out images that can't be decoded")
     parser.add_argument("--no-shuffle", action="store_true", help="keep the input's order")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: all cores, 1 for small sets)")
-    parser.add_argument("--ray", type=int, metavar="N", help="instead: up to N Ray workers, on the nodes of a cluster")
+    parser.add_argument(
+        "--workers", type=cli.positive, metavar="N", help="processes (default: all cores, 1 for small sets)"
+    )
+    parser.add_argument(
+        "--ray", type=cli.positive, metavar="N", help="instead: up to N Ray workers, on the nodes of a cluster"
+    )
     return parser.parse_intermixed_args(argv)  # options may stand between INPUT and URL
 
 

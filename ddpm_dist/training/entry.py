@@ -62,8 +62,17 @@ def deepspeed_worker(cfg: Config) -> World:
     if not done and not failed:
         training = Training(cfg, world, token)
         signal.signal(signal.SIGTERM, lambda *_: training.ask_to_stop())
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, lambda *_: _stop_at_first(training))
         _train(training)
     return world
+
+
+def _stop_at_first(training: Training) -> None:
+    """Ctrl-C saves and leaves, as SIGTERM does; once more, and it breaks off."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    log.warning("saving the state before this leaves; Ctrl-C once more leaves without it")
+    training.ask_to_stop()
 
 
 def report_end(cfg: Config) -> None:
@@ -75,7 +84,7 @@ def report_end(cfg: Config) -> None:
     log.info(
         "%s at step %d (%s images), %.0f images/s, %.1f%% of the time waiting for data; snapshot: %s",
         state, summary["step"], f"{summary['images_seen']:,}", summary["images_per_second"],
-        100 * summary["data_wait_fraction"], summary["snapshot"],
+        100 * summary["data_wait_fraction"], summary["snapshot"] or "none yet",
     )  # fmt: skip
 
 

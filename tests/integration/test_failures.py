@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from ddpm_dist.distributed.state_history import latest_step
 from tests.integration import jobs
 from tests.integration import loop_ranks as loop
 from tests.integration.loop_ranks import Faults
+from tools.processes import start_bound
 from tools.s3_server import S3Server
 
 ENDLESS = "train.steps=1000000"
@@ -99,6 +101,23 @@ def test_sigterm_in_mid_step_saves_and_leaves(start, loader_processes: int, data
     stopped = latest_step(run_url)
     assert f"stopped at step {stopped}, as asked" in job.text, "the last state is of the step at which it left"
     assert loop.fingerprint(run_url) == unbroken(f"{bucket_url}/unbroken", data_url, stopped)
+
+
+def test_ctrl_c_saves_and_leaves(data_url: str, tmp_path: Path) -> None:
+    """In a terminal, one process: no step is lost."""
+    run_url, log = f"{tmp_path.as_uri()}/run", tmp_path / "log"
+    plan = [*loop.TINY, ENDLESS, "checkpoint.every_steps=1000000", f"run.url={run_url}", f"data.url={data_url}"]
+    command = [sys.executable, "launch/train_deepspeed.py", "--config", "configs/digits.yaml", *plan]
+    with log.open("w") as out:
+        job = start_bound(command, cwd=loop.ROOT, stdout=out, stderr=out)
+    try:
+        jobs.wait_until(lambda: "step 10/" in log.read_text(), job, log, 120)
+        job.send_signal(signal.SIGINT)
+        assert job.wait(60) == 0, log.read_text()
+    finally:
+        job.kill()
+    assert "Ctrl-C once more leaves without it" in log.read_text()
+    assert f"stopped at step {latest_step(run_url)}, as asked; the same command continues" in log.read_text()
 
 
 @pytest.mark.timeout(600)
