@@ -95,7 +95,7 @@ class Training:
             if self.step % cfg.logging.every_steps == 0 or self.step == cfg.train.steps or stopping:
                 self._log(result)
             self.watchdog.beat()
-        if preempted and self.step < cfg.train.steps:
+        if preempted and not stopping and self.step < cfg.train.steps:
             self.publisher.close()
             self.store.finish()
             raise PreemptedError(f"a node is about to be taken away; the state of step {self.step} is saved")

@@ -83,16 +83,19 @@ def unbroken(run_url: str, data_url: str, steps: int) -> str:
     return loop.finish(loop.config(run_url, data_url, EVERY, f"train.steps={steps}"), 2)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
 @pytest.mark.parametrize("loader_processes", [0, pytest.param(1, marks=pytest.mark.full)])
-def test_sigterm_in_mid_step_saves_and_leaves(start, loader_processes: int, data_url: str, bucket_url: str) -> None:
-    """SIGTERM to every process of the job, as a batch system sends it, loader processes included."""
+def test_a_signal_in_mid_step_saves_and_leaves(
+    start, loader_processes: int, number: signal.Signals, data_url: str, bucket_url: str
+) -> None:
+    """To every process of the job, loader processes included, as a batch system or a terminal sends it."""
     run_url = f"{bucket_url}/run"
     job = start(f"run.url={run_url}", f"data.url={data_url}", ENDLESS, f"data.workers={loader_processes}")
     job.wait_for_state(run_url, 4)
     ranks = job.ranks()
     assert len(ranks) == 2
     told = time.monotonic()
-    job.signal(signal.SIGTERM)
+    job.signal(number)
     _, alive = psutil.wait_procs(ranks, timeout=60)
     assert not alive, job.text
     assert time.monotonic() - told < 60
