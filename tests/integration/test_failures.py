@@ -100,7 +100,9 @@ def test_a_signal_in_mid_step_saves_and_leaves(
     assert not alive, job.text
     assert time.monotonic() - told < 60
     assert "as asked; the same command continues" in job.text, job.text
-    assert "Traceback" not in job.text, job.text
+    if number is signal.SIGTERM:  # on Ctrl-C DeepSpeed's runner shows one of its own
+        assert "Traceback" not in job.text, job.text
+    assert "ddpm_dist/" not in job.text, "none of ours"
     stopped = latest_step(run_url)
     assert f"stopped at step {stopped}, as asked" in job.text, "the last state is of the step at which it left"
     assert loop.fingerprint(run_url) == unbroken(f"{bucket_url}/unbroken", data_url, stopped)
