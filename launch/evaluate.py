@@ -11,8 +11,10 @@ The last line on stdout is the result as JSON; it is also written to <run.url>/e
 each snapshot of a run is evaluated as it comes, and evaluation/report.html shows all of it.
 """
 
-from ddpm_dist import interrupt  # noqa: F401, I001 - first: Ctrl-C is quiet while the others load
-# isort: split
+if __name__ == "__main__":
+    from ddpm_dist import interrupt
+
+    interrupt.leave_quietly()
 
 from collections.abc import Sequence
 

@@ -8,8 +8,10 @@ With --config, the snapshot is the run's newest and the images go to <run.url>/s
 again does what is missing. `--sweep sampling.steps=10,50,100` makes one folder for each value, with one pool.
 """
 
-from ddpm_dist import interrupt  # noqa: F401, I001 - first: Ctrl-C is quiet while the others load
-# isort: split
+if __name__ == "__main__":
+    from ddpm_dist import interrupt
+
+    interrupt.leave_quietly()
 
 from collections.abc import Sequence
 

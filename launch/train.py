@@ -3,8 +3,10 @@
 Without a cluster (RAY_ADDRESS is not set) Ray is started on this machine alone.
 """
 
-from ddpm_dist import interrupt  # noqa: F401, I001 - first: Ctrl-C is quiet while the others load
-# isort: split
+if __name__ == "__main__":
+    from ddpm_dist import interrupt
+
+    interrupt.leave_quietly()
 
 from collections.abc import Sequence
 from functools import partial

@@ -3,8 +3,10 @@
 Also alone, as `python launch/train_deepspeed.py --config FILE …`: one process on this machine.
 """
 
-from ddpm_dist import interrupt  # noqa: F401, I001 - first: Ctrl-C is quiet while the others load
-# isort: split
+if __name__ == "__main__":
+    from ddpm_dist import interrupt
+
+    interrupt.leave_quietly()
 
 from collections.abc import Sequence
 

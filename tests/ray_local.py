@@ -1,8 +1,8 @@
 """A Ray cluster of the tests' own: its own ports and folder, nodes that can be killed as by a power cut."""
 
+import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tools.processes import start_bound
+from tools.processes import start_family
 from tools.s3_server import S3Server
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +31,7 @@ class RayCluster:
 
     def __init__(self, cpus: int, environment: dict[str, str]) -> None:
         self.folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+        self._nodes: list[subprocess.Popen[bytes]] = []
         self.env = {
             **environment,
             "PYTHONPATH": str(ROOT),
@@ -45,15 +46,15 @@ class RayCluster:
         head = ["--head", "--include-dashboard=false", f"--port={self.address.split(':')[1]}"]
         self.head = self._start([*head, f"--temp-dir={self.folder}"], cpus)
 
-    def add_node(self, cpus: int) -> "subprocess.Popen[str]":
+    def add_node(self, cpus: int) -> "subprocess.Popen[bytes]":
         return self._start([f"--address={self.address}"], cpus)
 
-    def kill_node(self, node: "subprocess.Popen[str]") -> None:
+    def kill_node(self, node: "subprocess.Popen[bytes]") -> None:
         """SIGKILL to all of a node's processes at once."""
-        if node.poll() is None:
-            for process in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
-                _kill(process)
-            node.wait()
+        for process in _processes(node):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        node.wait()
 
     def announce_loss(self, seconds: int) -> None:
         """Tells Ray, as a cloud's notice of preemption does, that all nodes but the head are going away."""
@@ -76,31 +77,29 @@ class RayCluster:
     def workers(self, name: str = "ray::_Host") -> list[psutil.Process]:
         """Actor processes of this cluster whose title begins with a name."""
         found = []
-        for process in psutil.process_iter():
-            try:
-                title = process.cmdline()
-                parents = process.parents() if title and title[0].startswith(name) else []
-                if any(self.folder in " ".join(parent.cmdline()) for parent in parents):
+        for process in [process for node in self._nodes for process in _processes(node)]:
+            with contextlib.suppress(psutil.Error):
+                if process.cmdline()[:1] and process.cmdline()[0].startswith(name):
                     found.append(process)
-            except psutil.Error:
-                continue
         return found
 
     def close(self) -> None:
-        self.kill_node(self.head)
+        for node in self._nodes:
+            self.kill_node(node)
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _start(self, arguments: list[str], cpus: int) -> "subprocess.Popen[str]":
+    def _start(self, arguments: list[str], cpus: int) -> "subprocess.Popen[bytes]":
         command = [
             str(Path(sys.executable).with_name("ray")), "start", *arguments, "--block", f"--num-cpus={cpus}",
             f"--dashboard-agent-listen-port={_free_port()}", "--disable-usage-stats",
             "--node-ip-address=127.0.0.1", "--object-store-memory=200000000", "--min-worker-port=0",
             "--max-worker-port=0",
         ]  # fmt: skip
-        log = Path(self.folder) / f"start-{time.monotonic_ns()}.log"
+        folder = Path(tempfile.mkdtemp(prefix="node-", dir=self.folder))
+        log = folder / "start.log"
         with log.open("w") as out:
-            environment = {**os.environ, **self.env}
-            node = start_bound(command, env=environment, stdout=out, stderr=out, text=True, cwd=ROOT)
+            node = start_family(command, folder, env={**os.environ, **self.env}, stdout=out, stderr=out, cwd=ROOT)
+        self._nodes.append(node)
         deadline = time.monotonic() + START_S
         while "Ray runtime started" not in log.read_text():
             assert node.poll() is None, log.read_text()
@@ -130,11 +129,9 @@ def _disconnect() -> None:
         sys.modules["ray"].shutdown()
 
 
-def _kill(process: psutil.Process) -> None:
-    try:
-        process.send_signal(signal.SIGKILL)
-    except psutil.NoSuchProcess:
-        pass
+def _processes(node: "subprocess.Popen[bytes]") -> list[psutil.Process]:
+    """Of a node whose guardian lives, all but the guardian."""
+    return psutil.Process(node.pid).children(recursive=True) if node.poll() is None else []
 
 
 def _free_port() -> int:

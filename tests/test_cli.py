@@ -113,7 +113,7 @@ def test_an_interrupt_while_packages_load_ends_the_command(swallowed: str, tmp_p
     (tmp_path / "greedy.py").write_text(
         f"import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    {swallowed}\n"
     )
-    code = "from ddpm_dist import interrupt, cli\nimport greedy\nprint('goes on')"
+    code = "from ddpm_dist import interrupt\ninterrupt.leave_quietly()\nimport greedy\nprint('goes on')"
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted; the same command continues\n")
@@ -125,10 +125,23 @@ def test_an_interrupt_at_work_can_be_caught() -> None:
     assert (done.returncode, done.stdout) == (0, "saved\n")
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "launch").glob("*.py")))
-def test_scripts_import_it_first(script: str) -> None:
-    first = next(line for line in (ROOT / "launch" / script).read_text().splitlines() if " import " in line[:40])
-    assert first.startswith("from ddpm_dist import interrupt")
+COMMANDS = [
+    path
+    for path in sorted([*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").glob("*.py")])
+    if "    cli.run(main)" in path.read_text() and not path.name.startswith("bench_")
+]
+
+
+@pytest.mark.parametrize("script", COMMANDS, ids=[path.stem for path in COMMANDS])
+def test_commands_ask_for_it_before_other_packages_load(script: Path) -> None:
+    ours = next(line for line in script.read_text().splitlines() if "import" in line and "ddpm_dist" in line)
+    assert ours == "    from ddpm_dist import interrupt", "below `if __name__ == '__main__'`"
+
+
+def test_what_imports_a_command_keeps_its_ctrl_c() -> None:
+    code = "import signal, tools.inspect_batch; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.stdout == "True\n", done.stderr
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,10 @@ What was written is read back and checked: the names and shapes of all weights, 
 fixed input, of which four numbers are printed and saved. Compare them with a peer's by --checksum.
 """
 
-from ddpm_dist import interrupt  # noqa: F401, I001 - first: Ctrl-C is quiet while the others load
-# isort: split
+if __name__ == "__main__":
+    from ddpm_dist import interrupt
+
+    interrupt.leave_quietly()
 
 import argparse
 import io

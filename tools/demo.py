@@ -23,6 +23,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+if __name__ == "__main__":
+    from ddpm_dist import interrupt
+
+    interrupt.leave_quietly()
+
 from ddpm_dist import cli, storage  # noqa: E402
 from ddpm_dist.errors import ClusterError  # noqa: E402
 from ddpm_dist.recipe import load_config  # noqa: E402

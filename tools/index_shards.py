@@ -4,8 +4,10 @@ tools/index_shards.py s3://bucket/folder-with-tars
 tools/index_shards.py --label json:class_id s3://bucket/others
 """
 
-from ddpm_dist import interrupt  # noqa: F401, I001 - first: Ctrl-C is quiet while the others load
-# isort: split
+if __name__ == "__main__":
+    from ddpm_dist import interrupt
+
+    interrupt.leave_quietly()
 
 import argparse
 from collections.abc import Sequence

@@ -6,8 +6,10 @@ prints {"step": 1234, "epoch": 88, "ranks": [[key, …], …]}. Nothing is repla
 --exclude are the run's data.streams, data.shuffle_block and data.exclude_shards; of a mix, give each URL=WEIGHT.
 """
 
-from ddpm_dist import interrupt  # noqa: F401, I001 - first: Ctrl-C is quiet while the others load
-# isort: split
+if __name__ == "__main__":
+    from ddpm_dist import interrupt
+
+    interrupt.leave_quietly()
 
 import argparse
 import json

@@ -10,8 +10,10 @@
 Started again after a kill, it makes what is missing. It never overwrites.
 """
 
-from ddpm_dist import interrupt  # noqa: F401, I001 - first: Ctrl-C is quiet while the others load
-# isort: split
+if __name__ == "__main__":
+    from ddpm_dist import interrupt
+
+    interrupt.leave_quietly()
 
 import argparse
 import os

@@ -7,8 +7,10 @@ RUN/averages/power-<std>/<step>/ holds the stored averages as snapshots; OUT bec
 and evaluated as any other.
 """
 
-from ddpm_dist import interrupt  # noqa: F401, I001 - first: Ctrl-C is quiet while the others load
-# isort: split
+if __name__ == "__main__":
+    from ddpm_dist import interrupt
+
+    interrupt.leave_quietly()
 
 import argparse
 from collections.abc import Sequence

@@ -5,8 +5,10 @@ tools/verify_shards.py s3://bucket/folder
 Exit code 0: all is as the index says and every image decodes; 1: the lines printed say what isn't.
 """
 
-from ddpm_dist import interrupt  # noqa: F401, I001 - first: Ctrl-C is quiet while the others load
-# isort: split
+if __name__ == "__main__":
+    from ddpm_dist import interrupt
+
+    interrupt.leave_quietly()
 
 import argparse
 import sys
