@@ -67,7 +67,11 @@ class Bench:
 def main() -> None:
     """Trains each arm for each seed, alternating, and prints the table."""
     args = _arguments()
-    work = Path(tempfile.mkdtemp(prefix="ddpm-quality-"))
+    with tempfile.TemporaryDirectory(prefix="ddpm-quality-", ignore_cleanup_errors=True) as work:
+        _measure(args, Path(work))
+
+
+def _measure(args: argparse.Namespace, work: Path) -> None:
     data_url = _make_data(args.data, work)
     real = torch.stack([torch.as_tensor(s.image) for s in iterate(data_url)])
     bench = Bench(args, real, data_url, work, min(len(real), args.samples))
