@@ -49,8 +49,8 @@ class Subject:
 
 SUBJECTS = {
     "digits": Subject("configs/digits.yaml", 1500, None),  # half of the recipe: digits can be read by then
-    "fashion-mnist": Subject("configs/fashion-mnist.yaml", 600, 1000),
-    "emoji": Subject("configs/emoji32.yaml", 250, 500),
+    "fashion-mnist": Subject("configs/fashion-mnist.yaml", 2000, 1000),
+    "emoji": Subject("configs/emoji32.yaml", 1000, 500),
 }
 CPUS = 4
 """Logical ones, for Ray: two workers of one thread each, and room for what only waits."""
