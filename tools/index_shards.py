@@ -13,7 +13,8 @@ import argparse
 from collections.abc import Sequence
 
 from ddpm_dist import cli
-from ddpm_dist.data.foreign import index_shards
+from ddpm_dist.data.foreign import DEFAULT_LABEL, index_shards
+from ddpm_dist.data.progress import counted
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -23,20 +24,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("url", metavar="URL", help="folder with the shards; the index is written there")
     parser.add_argument(
         "--label",
-        default="cls",
+        default=DEFAULT_LABEL,
         metavar="EXTENSION",
-        help="member with the class number, such as cls (default), or json:FIELD",
+        help="member with the class number, or json:FIELD for a field of the .json member (default: %(default)s)",
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="processes; default: all cores")
+    parser.add_argument(
+        "--workers", type=cli.positive, metavar="N", help="processes (default: all cores, 1 for small sets)"
+    )
     parser.add_argument("--leave-out-damaged", action="store_true", help="index what is whole, instead of stopping")
     args = parser.parse_args(argv)
     index = index_shards(
         args.url, label_field=args.label, workers=args.workers, leave_out_damaged=args.leave_out_damaged
     )
-    formats = ", ".join(f"{count} {form}" for form, count in sorted(index.schema.formats.items()))
+    forms = [f"{count} {form}" for form, count in sorted(index.schema.formats.items())]
+    no_image = index.num_samples - sum(index.schema.formats.values())
+    if no_image:
+        forms.append(f"{no_image} not an image: tools/verify_shards.py names them")
     print(
-        f"{index.num_samples} samples ({formats}) in {len(index.shards)} shards, {index.num_bytes} bytes, "
-        f"{index.num_classes or 0} classes; content {index.content_id}"
+        f"{counted(index.num_samples, 'sample')} ({', '.join(forms)}) in {counted(len(index.shards), 'shard')}, "
+        f"{index.num_bytes} bytes, {f'{index.num_classes} classes' if index.num_classes else 'no labels'}; "
+        f"content {index.content_id}"
     )
 
 

@@ -37,21 +37,42 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("kind", choices=list(SOURCES), help="what the input is")
     parser.add_argument("inputs", nargs="*", metavar="INPUT", help="files, folders or URLs of the input")
     parser.add_argument("url", metavar="URL", help="folder of the new data set, such as s3://bucket/name")
-    parser.add_argument("--split", default="train", help="part of a data set that is published in parts")
-    parser.add_argument("--labels", metavar="FILE", help="labels, where the input doesn't hold them")
     parser.add_argument(
-        "--size", type=cli.positive, metavar="PIXELS", help="resize and centre-crop to this height and width"
+        "--split", default="train", help="part of a data set that is published in parts (default: %(default)s)"
     )
-    parser.add_argument("--channels", type=int, choices=(1, 3), help="convert to grey or RGB")
-    parser.add_argument("--format", default="png", choices=("png", "jpeg", "raw", "keep"))
-    parser.add_argument("--quality", type=cli.percent, default=95, help="of JPEG")
     parser.add_argument(
-        "--shard-bytes", type=cli.positive, default=2**26, metavar="BYTES", help="about so many a shard"
+        "--labels",
+        metavar="FILE",
+        help='a CSV of file,class or a JSON {file: class}; for idx, its labels file; or "none" (default: what the '
+        "input holds, for files the folders that they lie in)",
+    )
+    parser.add_argument(
+        "--size",
+        type=cli.positive,
+        metavar="PIXELS",
+        help="resize and centre-crop to this height and width (default: as they are; emoji: 32)",
+    )
+    parser.add_argument(
+        "--channels", type=int, choices=(1, 3), help="convert to grey or RGB (default: grey stays grey, all else RGB)"
+    )
+    parser.add_argument(
+        "--format",
+        default="png",
+        choices=("png", "jpeg", "raw", "keep"),
+        help="keep: the input's files as they are (default: %(default)s)",
+    )
+    parser.add_argument("--quality", type=cli.percent, default=95, help="of JPEG (default: %(default)s)")
+    parser.add_argument(
+        "--shard-bytes",
+        type=cli.positive,
+        default=2**26,
+        metavar="BYTES",
+        help="about so many a shard, and at least 8 shards (default: %(default)s)",
     )
     parser.add_argument(
         "--shard-samples", type=cli.positive, metavar="N", help="exactly so many a shard, instead of bytes"
     )
-    parser.add_argument("--seed", type=cli.seed, default=0, help="of the shuffle before writing")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of the shuffle before writing (default: %(default)s)")
     parser.add_argument("--skip-bad", action="store_true", help="leave out images that can't be decoded")
     parser.add_argument("--no-shuffle", action="store_true", help="keep the input's order")
     parser.add_argument(

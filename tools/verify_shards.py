@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from ddpm_dist import cli
 from ddpm_dist.data.foreign import verify_shards
+from ddpm_dist.data.progress import counted
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -24,12 +25,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("url", metavar="URL")
     parser.add_argument("--no-decode", action="store_true", help="hashes and structure, without decoding the images")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes; default: all cores")
+    parser.add_argument(
+        "--workers", type=cli.positive, metavar="N", help="processes (default: all cores, 1 for small sets)"
+    )
     args = parser.parse_args(argv)
     problems = verify_shards(args.url, workers=args.workers, decoded=not args.no_decode)
     for problem in problems:
         print(f"{problem.shard}: {problem.what}")
-    print(f"{args.url}: {len(problems)} problems" if problems else f"{args.url}: all is as the index says")
+    print(f"{args.url}: {counted(len(problems), 'problem') if problems else 'all is as the index says'}")
     if problems:
         sys.exit(cli.EXIT_ERROR)
 

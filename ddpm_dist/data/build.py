@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import PurePosixPath
 
 import numpy as np
 
@@ -20,7 +21,9 @@ from ddpm_dist.data import decode, parts
 from ddpm_dist.data.index import INDEX_NAME, DataIndex, load_index
 from ddpm_dist.data.order import Ints, key_of, permute
 from ddpm_dist.data.processes import in_processes
+from ddpm_dist.data.progress import Progress, counted
 from ddpm_dist.data.sources import Item, Source, SourceOptions, open_source
+from ddpm_dist.data.sources.files import is_image
 from ddpm_dist.data.writer import EncodedSample, write_index, write_shard
 from ddpm_dist.errors import ConfigError, DataError, NotFoundError
 
@@ -29,7 +32,6 @@ log = logging.getLogger(__name__)
 PLAN_NAME = "plan.json"
 MIN_SHARDS = 8
 PROBES = 64
-PROGRESS_S = 5.0
 MEMBER_BYTES = 2048
 """What a tar adds to an image: two headers, a label, padding."""
 EXTENSIONS = {
@@ -91,7 +93,8 @@ def make_plan(
 
 def encode_item(plan: Plan, item: Item, number: int) -> EncodedSample:
     """An item as it will stand in a shard; raises BadSampleError."""
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", item.name)[-60:]
+    name = str(PurePosixPath(item.name).with_suffix("")) if is_image(item.name) else item.name
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", name)[-60:]
     key = f"{number:08d}_{stem}" if stem else f"{number:08d}"
     size = plan.options.size
     if plan.format == "keep" and isinstance(item.image, bytes) and size is None and plan.channels is None:
@@ -148,9 +151,12 @@ def _encode_all(plan: Plan, source: Source, numbers: Iterable[int]) -> Iterator[
         try:
             yield encode_item(plan, item, number)
         except decode.BadSampleError as error:
-            what = f"{item.name or number}: {error}"
+            what = f"{item.name or f'image {number}'}: {error}"
             if not plan.skip_bad:
-                raise DataError(f"{what}; remove it from the input, or leave out such images (--skip-bad)") from None
+                raise DataError(
+                    f"{what}; put a whole image in its place, or let such images be left out with --skip-bad: the same "
+                    f"command then goes on from here"
+                ) from None
             log.warning("make_shards: left out: %s", what)
 
 
@@ -167,27 +173,24 @@ def build(plan: Plan, url: str, run: Callable[[Plan, str, list[int]], Iterable[i
     missing = [number for number in range(plan.shards) if number not in finished]
     done = sum(_count(plan, number) for number in finished)
     log.info(
-        "make_shards: %d samples in %d shards to %s%s",
-        plan.samples,
-        plan.shards,
+        "make_shards: %s in %s to %s%s",
+        counted(plan.samples, "sample"),
+        counted(plan.shards, "shard"),
         storage.redact(url),
-        f"; {len(finished)} shards are there" if finished else "",
+        f"; {len(finished)} of them there already" if finished else "",
     )
-    started, shown = time.monotonic(), time.monotonic()
-    made = 0
+    started = time.monotonic()
+    progress = Progress("make_shards", "sample", plan.samples, done)
     for count in run(plan, url, missing):
-        made += count
-        now = time.monotonic()
-        if now - shown > PROGRESS_S:
-            rate, shown = made / (now - started), now
-            left = (plan.samples - done - made) / rate
-            log.info("make_shards: %d of %d samples, %.0f/s, %.0f s left", done + made, plan.samples, rate, left)
+        progress.add(count)
     index = _publish_index(plan, url)
+    left_out = plan.samples - index.num_samples
     log.info(
-        "make_shards: %d samples, %d bytes, %d classes; %.1f s",
-        index.num_samples,
+        "make_shards: %s, %d bytes, %s%s; %.1f s",
+        counted(index.num_samples, "sample"),
         index.num_bytes,
-        index.num_classes or 0,
+        f"{index.num_classes} classes" if index.num_classes else "no labels",
+        f", {left_out} left out (--skip-bad)" if left_out else "",
         time.monotonic() - started,
     )
     return index
@@ -220,13 +223,18 @@ def _claim(plan: Plan, url: str) -> bool:
         if storage.create(storage.join(url, PLAN_NAME), plan.to_bytes()):
             return False
         there = storage.read(storage.join(url, PLAN_NAME))
+    complete = storage.exists(storage.join(url, INDEX_NAME))
     if there != plan.to_bytes():
         old, new = json.loads(there), json.loads(plan.to_bytes())
-        differs = ", ".join(f"{key}: {old.get(key)} there, {new[key]} now" for key in new if old.get(key) != new[key])
-        raise ConfigError(
-            f"{storage.redact(url)}: holds another data set ({differs}); nothing is overwritten, choose another URL"
-        )
-    return storage.exists(storage.join(url, INDEX_NAME))
+        differs = {key: f"{key}: {old.get(key)} there, {new[key]} now" for key in new if old.get(key) != new[key]}
+        if set(differs) != {"skip_bad"} or not plan.skip_bad:
+            raise ConfigError(
+                f"{storage.redact(url)}: holds another data set ({', '.join(differs.values())}); nothing is "
+                f"overwritten, choose another URL, or delete the folder if it was not to be finished"
+            )
+        if not complete:  # its finished shards met no bad image, so they are what --skip-bad would make
+            storage.publish(storage.join(url, PLAN_NAME), plan.to_bytes())
+    return complete
 
 
 def _count(plan: Plan, number: int) -> int:

@@ -33,10 +33,11 @@ Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is checked here, with an error inste
 
 
 class BadSampleError(Exception):
-    """A sample that can't be decoded; `cause` is one of CAUSES. Counted by the loader, never shown raw."""
+    """A sample that can't be decoded; `cause` is one of CAUSES, by which the loader counts it."""
 
     def __init__(self, cause: str, detail: str = "") -> None:
-        super().__init__(f"{cause}: {detail}" if detail else cause)
+        what = cause.replace("_", " ")
+        super().__init__(f"{what}: {detail}" if detail else what)
         self.cause = cause
 
 
@@ -89,21 +90,24 @@ def describe(data: bytes) -> tuple[str, int, int]:
             return str(image.format).lower(), image.height, image.width
     except BadSampleError:
         raise
-    except Exception as error:
-        raise BadSampleError("not_an_image", str(error)) from None
+    except Exception:
+        raise _not_an_image(data) from None
 
 
 def fit(pixels: Pixels, size: int) -> Pixels:
     """Resized and centre-cropped to [size, size, C], as in guided-diffusion's `center_crop_arr`.
 
     The shorter side is halved by averages while it is at least 2·size, then resized bicubically to size.
+    BadSampleError for a strip so narrow that this would unpack more than MAX_PIXELS.
     """
     channels = pixels.shape[2]
     image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    width, height = round(image.width * scale), round(image.height * scale)
+    _check_pixels(height, width)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     fitted = np.asarray(image.crop((left, top, left + size, top + size)))
     return fitted.reshape(size, size, channels)
@@ -170,8 +174,8 @@ def _pillow(data: bytes, size: int | None, channels: int | None) -> Pixels:
         warnings.simplefilter("ignore")
         try:
             image: Any = Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
-        except Exception as error:
-            raise BadSampleError("not_an_image", str(error)) from None
+        except Exception:
+            raise _not_an_image(data) from None
         _check_pixels(image.height, image.width)
         image.load()
         if image.mode.startswith("I") or image.mode == "F":
@@ -184,6 +188,11 @@ def _pillow(data: bytes, size: int | None, channels: int | None) -> Pixels:
         elif image.mode in ("1", "L"):
             return np.asarray(image.convert("L"))[..., None]
         return np.asarray(image.convert("RGB"))
+
+
+def _not_an_image(data: bytes) -> BadSampleError:
+    # Pillow's own message names an object in memory.
+    return BadSampleError("not_an_image", f"it begins with {data[:16]!r}")
 
 
 def _high_byte(values: NDArray[Any]) -> Pixels:

@@ -190,14 +190,14 @@ def load_index(url: str, name: str | None = None) -> DataIndex:
         if values["format"] != INDEX_FORMAT:
             raise DataError(f"{place}: format {values['format']!r}, this version reads {INDEX_FORMAT!r}")
         index = DataIndex(url, tuple(ShardInfo(*row) for row in values["shards"]), _schema(values["schema"]))
-        content_id = values["content_id"]
+        content_id, about = values["content_id"], dict(values["about"])
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{place}: not an index of a data set ({error}); make it again") from None
     if index.content_id != content_id:
         raise DataError(f"{place}: altered: its content is {index.content_id}, it says {content_id}")
     if not index.num_samples:
         raise DataError(f"{place}: the data set is empty; tools/make_shards.py writes one")
-    return DataIndex(url, index.shards, index.schema, values["about"])
+    return DataIndex(url, index.shards, index.schema, about)
 
 
 def _schema(values: Mapping[str, Any]) -> Schema:

@@ -1,7 +1,10 @@
 """A function over numbers on all cores, whose processes never outlive whoever started them."""
 
+import ctypes
 import multiprocessing
 import os
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +18,7 @@ T = TypeVar("T")
 
 CHECK_PARENT_S = 2.0
 SMALL_BYTES = 2**26
+PR_SET_PDEATHSIG = 1
 
 
 def default_workers(nbytes: int) -> int:
@@ -45,12 +49,14 @@ _function: Callable[[int], Any]
 
 def _start(make: Callable[[], Callable[[int], Any]], parent: int) -> None:
     global _function
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
     _function = make()
 
 
 def _leave_with(parent: int) -> None:
-    """A killed parent can't stop its pool."""
+    """A killed parent can't stop its pool. This is for a parent that died before prctl, and where there is none."""
     while os.getppid() == parent:
         time.sleep(CHECK_PARENT_S)
     os._exit(1)

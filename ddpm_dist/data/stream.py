@@ -175,7 +175,7 @@ def _decode_places(
             bad[error.cause] += 1
             bad_places.append(i)
     for i in bad_places:
-        samples[i], images[i] = _substitute(order, readers, step, places[0] + i, *images.shape[2:])
+        samples[i], images[i] = substitute(order, readers, step, places[0] + i, *images.shape[2:])
     return Part(
         step,
         images,
@@ -187,8 +187,8 @@ def _decode_places(
     )
 
 
-def _substitute(
-    order: Order, readers: Sequence[ShardReader], step: int, place: int, size: int, channels: int
+def substitute(
+    order: Order, readers: Sequence[ShardReader], step: int, place: int, size: int | None, channels: int
 ) -> tuple[Sample, Pixels]:
     """The next decodable sample of the batch after a place, around its end if need be (contract 1).
 

@@ -86,9 +86,8 @@ def write_index(
 ) -> DataIndex:
     """Publishes the index of finished shards, in the given order; with it, the data set exists."""
     shards = list(shards)
-    index = DataIndex(
-        url, tuple(s.info for s in shards), merge_schema([s.summary for s in shards], class_names), about or {}
-    )
+    schema = merge_schema([s.summary for s in shards if s.info.samples], class_names)
+    index = DataIndex(url, tuple(s.info for s in shards), schema, about or {})
     save_index(index)
     return index
 
@@ -122,9 +121,9 @@ def index_tar(name: str, data: bytes, label_field: str = "cls") -> tuple[Written
         try:
             form, height, width = decode.describe(content)
             sizes.append((height, width))
-        except decode.BadSampleError as error:
-            form = error.cause
-        formats[form] += 1
+            formats[form] += 1
+        except decode.BadSampleError:
+            pass  # the loader counts it by cause, tools/verify_shards.py names it
     table = SampleTable(rows, b"".join(keys))
     table_data = table.to_bytes()
     info = ShardInfo(name, len(data), len(samples), content_hash(data), len(table_data), content_hash(table_data))
@@ -132,7 +131,7 @@ def index_tar(name: str, data: bytes, label_field: str = "cls") -> tuple[Written
     highs = (max((h for h, _ in sizes), default=0), max((w for _, w in sizes), default=0))
     classes = int(rows["label"].max(initial=NO_LABEL)) + 1
     if classes and int(rows["label"].min()) == NO_LABEL:
-        raise DataError(f"{name}: some samples have a label (.{label_field}), others don't")
+        raise DataError(f"{name}: some samples have a label ({label_field}), others don't")
     return WrittenShard(info, ShardSummary(dict(formats), lows, highs, classes)), table
 
 
@@ -167,11 +166,19 @@ def _label(data: bytes, files: Mapping[str, tar.Member], label_field: str, place
     member = files.get(extension)
     if member is None:
         return NO_LABEL
-    text = data[member.offset : member.offset + member.size]
+    value: Any = data[member.offset : member.offset + member.size]
+    if json_field:
+        try:
+            fields = dict(json.loads(value))
+        except (ValueError, TypeError):
+            raise DataError(f"{place}.json: {value[:40]!r} is not a JSON object") from None
+        if json_field not in fields:
+            raise DataError(f"{place}.json: no field {json_field!r}; it has {', '.join(fields) or 'none'}")
+        value = fields[json_field]
     try:
-        label = int(json.loads(text)[json_field] if json_field else text)
+        label = int(value)
         if 0 <= label < 2**31:
             return label
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, TypeError):
         pass
-    raise DataError(f"{place}.{label_field}: {text[:40]!r} is not a class number (0, 1, …)")
+    raise DataError(f"{place}: its label ({label_field}) is {value!r:.40}; a class number (0, 1, …) is wanted")

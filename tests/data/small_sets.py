@@ -35,6 +35,14 @@ def write_set(url: str, counts: Sequence[int], *, extension: str = "png", seed: 
     return write_index(url, written)
 
 
+def write_with_bad(url: str, bad: dict[int, bytes], count: int = 96) -> None:
+    """A set of 4 shards in which some samples are something else than images."""
+    images = random_images(count)
+    samples = [EncodedSample(f"{i:03d}", bad.get(i, encode_png(images[i])), "png", i % 3) for i in range(count)]
+    shards = [write_shard(url, f"s-{n}.tar", samples[n * count // 4 : (n + 1) * count // 4]) for n in range(4)]
+    write_index(url, shards)
+
+
 def config(url: str | dict[str, float], *, batch: int = 24, world: int = 1, **data: Any) -> Config:
     """A configuration for 8×8 RGB that a loader takes."""
     settings = {"url": url, "image_size": 8, "shuffle_block": 16, **data}

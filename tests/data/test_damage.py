@@ -18,13 +18,13 @@ from ddpm_dist.data.foreign import verify_shards
 from ddpm_dist.data.index import load_index
 from ddpm_dist.data.loader import Loader
 from ddpm_dist.data.stream import iterate
-from ddpm_dist.data.writer import EncodedSample, index_tar, shard_bytes, write_index, write_shard
+from ddpm_dist.data.writer import EncodedSample, index_tar, shard_bytes
 from ddpm_dist.errors import BadSamplesError, DdpmDistError, ShardError
-from tests.data.small_sets import ENCODERS, config, global_batches, random_images, write_set
+from tests.data.small_sets import ENCODERS, config, global_batches, random_images, write_set, write_with_bad
 from tests.faulty_proxy import Fault, FaultyProxy
 from tools.s3_server import S3Server
 
-IMAGES = random_images(96)
+IMAGES = random_images(96)  # those of write_with_bad
 BAD = {
     "empty": b"",
     "not_an_image": b"this is a text file that somebody named .png",
@@ -40,13 +40,6 @@ def bomb() -> bytes:
 
     head = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 9)) + chunk(b"IEND", b"")
-
-
-def write_with_bad(url: str, bad: dict[int, bytes], count: int = 96) -> None:
-    """A set of 4 shards in which some samples are something else than images."""
-    samples = [EncodedSample(f"{i:03d}", bad.get(i, encode_png(IMAGES[i])), "png", i % 3) for i in range(count)]
-    shards = [write_shard(url, f"s-{n}.tar", samples[n * count // 4 : (n + 1) * count // 4]) for n in range(4)]
-    write_index(url, shards)
 
 
 def cause_of(image: bytes) -> str | None:
@@ -210,9 +203,19 @@ def test_an_altered_or_missing_table_is_named(tmp_path: Path) -> None:
     storage.publish(table, bytes(data))
     with pytest.raises(ShardError, match=r"index/s-000\.tar\.samples: altered"):
         run_epoch(url)
+    assert [problem.what for problem in verify_shards(url)] == [
+        "its table index/s-000.tar.samples is altered: its hash is not the one in the index"
+    ]
     storage.delete(table)
     with pytest.raises(ShardError, match=r"index/s-000\.tar\.samples: missing"):
         run_epoch(url)
+    shard = bytearray(storage.read(f"{url}/s-000.tar"))
+    shard[600] ^= 1
+    storage.publish(f"{url}/s-000.tar", bytes(shard))
+    assert [problem.what for problem in verify_shards(url)] == [
+        "altered: its hash is not the one in the index",
+        "its table index/s-000.tar.samples is missing",
+    ]
 
 
 def test_an_altered_index_is_refused(tmp_path: Path) -> None:

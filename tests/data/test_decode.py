@@ -145,6 +145,24 @@ def test_what_is_no_image_says_why(data: bytes, cause: str) -> None:
     assert error.value.cause == cause
 
 
+def test_messages_show_how_it_begins_and_no_address() -> None:
+    for read in (decode, describe):
+        with pytest.raises(BadSampleError, match=r"^not an image: it begins with b'this is a text f'$"):
+            read(b"this is a text file that somebody named .png")
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 2**20), (2**20, 1)])
+def test_a_strip_is_not_unpacked_to_gigabytes(height: int, width: int) -> None:
+    """A resize to 256 pixels would make 200 GB of a few kB."""
+    for data in (
+        encode_png(np.zeros((height, width, 1), np.uint8)),
+        encode_raw(np.zeros((height, width, 1), np.uint8)),
+    ):
+        with pytest.raises(BadSampleError) as error:
+            decode(data, 256, 3)
+        assert error.value.cause == "too_large"
+
+
 def test_encoders_are_deterministic() -> None:
     for encode in (encode_png, encode_raw, lambda p: encode_jpeg(p, 90)):
         assert encode(RGB) == encode(RGB.copy())

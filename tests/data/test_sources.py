@@ -77,8 +77,17 @@ def test_npz(tmp_path: Path) -> None:
     np.savez(tmp_path / "b.npz", images=IMAGES[..., 0])
     check(opened("npz", tmp_path / "b.npz"), IMAGES[..., :1], None)
     np.savez(tmp_path / "c.npz", x=np.array([object()]))
-    with pytest.raises(DataError, match="plain arrays"):
+    with pytest.raises(DataError, match="plain arrays: it holds Python objects"):
         opened("npz", tmp_path / "c.npz")
+    (tmp_path / "d.npz").write_text("image,class")
+    with pytest.raises(DataError, match="plain arrays: it begins with b'image,class'"):
+        opened("npz", tmp_path / "d.npz")
+    (tmp_path / "e.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:300])
+    with pytest.raises(DataError, match="plain arrays"):
+        opened("npz", tmp_path / "e.npz")
+    np.savez(tmp_path / "f.npz", images=IMAGES, labels=np.eye(6))
+    with pytest.raises(DataError, match=r"labels are float64 \(6, 6\)"):
+        opened("npz", tmp_path / "f.npz")
 
 
 def cifar_python(folder: Path, images: np.ndarray) -> None:
@@ -178,6 +187,31 @@ def test_labels_from_a_file(tmp_path: Path, form: str) -> None:
         opened("folder", tmp_path / "root", labels=str(path))
 
 
+def test_a_folder_that_holds_everything_is_no_class(tmp_path: Path) -> None:
+    images, labels = by_name(write_folder(tmp_path / "root"))
+    with zipfile.ZipFile(tmp_path / "nested.zip", "w") as nested, zipfile.ZipFile(tmp_path / "one.zip", "w") as one:
+        for file in (tmp_path / "root").rglob("*.png"):
+            nested.write(file, f"download/v1/{file.relative_to(tmp_path / 'root')}")
+            one.write(file, f"photos/{file.name}")
+    source = opened("zip", tmp_path / "nested.zip")
+    check(source, images, labels)
+    assert source.class_names == ("class_a", "class_b", "class_c")
+    source = opened("zip", tmp_path / "one.zip")
+    assert source[0].label is None
+    assert source.class_names is None
+
+
+@pytest.mark.parametrize("text", ["image 0.png,\n", '{"image 0.png": null}', '{"image 0.png": 1.5}'])
+def test_what_is_no_class_is_refused(tmp_path: Path, text: str) -> None:
+    names = write_folder(tmp_path / "root", classes=False)
+    path = tmp_path / ("labels.json" if text.startswith("{") else "labels.csv")
+    others = dict.fromkeys(names[1:], 1)
+    lines = "".join(f"{name},{label}\n" for name, label in others.items())
+    path.write_text(json.dumps({**others, **json.loads(text)}) if path.suffix == ".json" else lines + text)
+    with pytest.raises(DataError, match=r"image 0\.png: .* is not a class"):
+        opened("folder", tmp_path / "root", labels=str(path))
+
+
 @pytest.mark.parametrize("nested", [True, False])
 def test_parquet_as_hugging_face_lays_it_out(tmp_path: Path, nested: bool) -> None:
     arrow = pytest.importorskip("pyarrow")
@@ -251,6 +285,14 @@ def test_wrong_kinds_and_inputs_have_clear_messages(tmp_path: Path) -> None:
             opened(kind)
         with pytest.raises((DataError, ConfigError, storage.NotFoundError), match="none"):
             opened(kind, f"file://{tmp_path}/none" if kind == "webdataset" else tmp_path / "none")
+    for options, message in (
+        ({"split": "test"}, "--split test: npz has no parts; fashion-mnist"),
+        ({"labels": "a.csv"}, r"--labels a\.csv: npz takes its labels from the input alone; --labels none drops them"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            opened("npz", tmp_path / "none", **options)
+    with pytest.raises(ConfigError, match=r"digits: they need no INPUT, x is given"):
+        opened("digits", "x")
     (tmp_path / "text").write_text("no archive")
     for kind in ("zip", "tar", "cifar10", "npz", "idx"):
         with pytest.raises(DataError, match="not "):

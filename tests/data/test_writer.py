@@ -107,13 +107,61 @@ def test_index_shards_goes_on_and_names_damaged_shards(tmp_path: Path, monkeypat
     assert [place for place in read if place.endswith(".tar")] == [f"{url}/2.tar"]
 
 
-def test_leaving_out_damaged_shards(tmp_path: Path) -> None:
+def test_index_shards_goes_on_after_the_shards_or_the_labels_have_changed(tmp_path: Path) -> None:
+    """What an earlier start left behind is used for the same shard and the same labels only."""
+    url = f"file://{tmp_path}"
+    for i in range(4):
+        storage.publish(f"{url}/{i}.tar", shard_bytes(samples(5 + i, f"{i}-")))
+    storage.publish(f"{url}/1.tar", b"")
+    with pytest.raises(DataError, match="1 of 4 shards"):
+        index_shards(url)
+    storage.delete(f"{url}/1.tar")  # the others' numbers change
+    storage.publish(f"{url}/0.tar", shard_bytes(samples(11, "new-")))
+    index = index_shards(url)
+    assert [(shard.name, shard.samples) for shard in index.shards] == [("0.tar", 11), ("2.tar", 7), ("3.tar", 8)]
+    assert verify_shards(url) == []
+
+    storage.delete(f"{url}/index.json")
+    with pytest.raises(DataError, match=r"--label txt: no sample has a member \.txt"):
+        index_shards(url, label_field="txt")
+    assert index_shards(url).num_classes == 4  # and not what was found under the other label
+
+
+def test_labels_that_are_not_as_asked_have_clear_messages(tmp_path: Path) -> None:
+    url = f"file://{tmp_path}"
+    image = encode_png(random_images(1)[0])
+    for text, message in (
+        (b'{"id": 3}', r"a\.json: no field 'class'; it has id"),
+        (b"[3", r"a\.json: b'\[3' is not a JSON object"),
+        (b'{"class": "cat"}', r"a: its label \(json:class\) is 'cat'; a class number"),
+        (b'{"class": null}', r"a: its label \(json:class\) is None; a class number"),
+    ):
+        storage.publish(f"{url}/s.tar", tar.write_tar([("a", {"png": image, "json": text})]))
+        with pytest.raises(DataError, match=message):
+            index_shards(url, label_field="json:class")
+
+
+def test_what_is_no_image_is_not_a_format(tmp_path: Path) -> None:
+    spoilt = [*samples(3), EncodedSample("bad", b"no image", "png", 0), EncodedSample("none", b"", "png", 0)]
+    index = write_index(f"file://{tmp_path}", [write_shard(f"file://{tmp_path}", "a.tar", spoilt)])
+    assert index.num_samples == 5
+    assert dict(index.schema.formats) == {"png": 3}
+
+
+def test_leaving_out_damaged_shards(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     url = f"file://{tmp_path}"
     for i in range(3):
         storage.publish(f"{url}/{i}.tar", shard_bytes(samples(5, f"{i}-")))
     storage.publish(f"{url}/1.tar", b"")
     assert [shard.name for shard in index_shards(url, leave_out_damaged=True).shards] == ["0.tar", "2.tar"]
-    assert [problem.shard for problem in verify_shards(url)] == ["1.tar"]
+    with caplog.at_level("INFO"):
+        assert verify_shards(url) == []
+    assert "left out when the set was indexed: 1.tar: an empty object" in caplog.text
+    storage.publish(f"{url}/3.tar", shard_bytes(samples(5, "3-")))
+    assert [problem.shard for problem in verify_shards(url)] == ["3.tar"]
+    storage.publish(f"{url}/alone/1.tar", b"")
+    with pytest.raises(DataError, match=r"1 of 1 shard can't be indexed:\n  1\.tar: an empty object"):
+        index_shards(f"{url}/alone", leave_out_damaged=True)
 
 
 def test_verify_finds_what_does_not_decode(tmp_path: Path) -> None:
@@ -121,7 +169,7 @@ def test_verify_finds_what_does_not_decode(tmp_path: Path) -> None:
     bad = [*samples(3), EncodedSample("bad", b"no image", "png", 0)]
     write_index(url, [write_shard(url, "a.tar", bad)])
     (problem,) = verify_shards(url)
-    assert "sample bad can't be decoded: not_an_image" in problem.what
+    assert "sample bad can't be decoded: not an image: it begins with b'no image'" in problem.what
     assert verify_shards(url, decoded=False) == []
 
 

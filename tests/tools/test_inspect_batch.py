@@ -8,7 +8,7 @@ from PIL import Image
 
 from ddpm_dist import storage
 from ddpm_dist.errors import ConfigError
-from tests.data.small_sets import config, global_batches, write_set
+from tests.data.small_sets import config, global_batches, write_set, write_with_bad
 from tools import index_shards, inspect_batch, verify_shards
 
 
@@ -30,6 +30,36 @@ def test_it_prints_what_the_loader_gives(tmp_path: Path, capsys: pytest.CaptureF
     with Image.open(picture) as image:
         assert image.width == 8 * 10
         assert len(image.getcolors(2**16) or []) > 100
+
+
+def test_the_one_that_took_a_bad_samples_place_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    url = f"file://{tmp_path}"
+    write_with_bad(url, {30: b"no image", 31: b""})
+    cfg = config(url, max_bad_fraction=0.5)
+    settings = ["--seed", "5", "--global-batch", "24", "--shuffle-block", "16", "--world", "4"]
+    shown = []
+    for step, (keys, _, _) in enumerate(global_batches(cfg, 1, 0, 4)):
+        inspect_batch.main([url, *settings, "--step", str(step)])
+        found = json.loads(capsys.readouterr().out)
+        assert [key for rank in found["ranks"] for key in rank] == keys
+        shown += keys
+    assert not {"030", "031"} & set(shown)
+    assert "030 can't be decoded (not an image: it begins with b'no image'); " in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--picture", "x.jpg"], r"--picture x\.jpg: it is written as PNG; name it x\.png"),
+        (["--streams", "7"], "--streams 7 doesn't divide --global-batch 24"),
+        (["memory://x=-1"], "memory://x=-1: a weight above 0 is wanted"),
+    ],
+)
+def test_what_cannot_be_is_refused(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        inspect_batch.main(["memory://none", "--global-batch", "24", "--step", "0", *arguments])
 
 
 def test_it_inspects_mixes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

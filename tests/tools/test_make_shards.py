@@ -1,7 +1,6 @@
 """tools/make_shards.py as a command: kill-safe, deterministic, never overwriting."""
 
 import multiprocessing
-import os
 import random
 import signal
 import subprocess
@@ -19,7 +18,7 @@ from ddpm_dist.data.foreign import verify_shards
 from ddpm_dist.data.index import load_index
 from ddpm_dist.data.stream import iterate
 from ddpm_dist.errors import ConfigError, DataError
-from tests.data.small_sets import random_images
+from tests.data.small_sets import config, global_batches, random_images
 from tests.ray_local import RayCluster
 from tools import make_shards
 
@@ -112,10 +111,47 @@ def test_it_refuses_to_overwrite(tmp_path: Path, images: np.ndarray, bucket_url:
 
 def test_bad_images_are_named_or_left_out(tmp_path: Path, images: np.ndarray) -> None:
     (tmp_path / "files" / "17.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"17: not_an_image.*--skip-bad"):
+    with pytest.raises(DataError, match=r"17\.png: not an image: it begins with b'no image'.*--skip-bad"):
         make("folder", tmp_path / "files", f"file://{tmp_path}/a")
     make("folder", tmp_path / "files", f"file://{tmp_path}/b", "--skip-bad")
     assert load_index(f"file://{tmp_path}/b").num_samples == 59
+
+
+def test_a_bad_image_half_way_is_no_dead_end(tmp_path: Path, images: np.ndarray) -> None:
+    """With --skip-bad, or with a whole image in its place, the same folder is finished, as if it had been so before."""
+    (tmp_path / "files" / "17.png").write_bytes(b"no image")
+    for name in ("skipped", "mended", "removed"):
+        with pytest.raises(DataError, match=r"17\.png"):
+            make("folder", tmp_path / "files", f"file://{tmp_path}/{name}", "--shard-samples", 7)
+        assert list((tmp_path / name / "parts").iterdir()), "the bad image is in the first shard"
+    make("folder", tmp_path / "files", f"file://{tmp_path}/skipped", "--shard-samples", 7, "--skip-bad")
+    make("folder", tmp_path / "files", f"file://{tmp_path}/skip", "--shard-samples", 7, "--skip-bad")
+    assert tree(tmp_path / "skipped") == tree(tmp_path / "skip")
+    with pytest.raises(ConfigError, match=r"skip_bad: True there, False now.*choose another URL, or delete the folder"):
+        make("folder", tmp_path / "files", f"file://{tmp_path}/skip", "--shard-samples", 7)
+
+    (tmp_path / "files" / "17.png").unlink()
+    with pytest.raises(ConfigError, match=r"samples: 60 there, 59 now.*choose another URL, or delete the folder"):
+        make("folder", tmp_path / "files", f"file://{tmp_path}/removed", "--shard-samples", 7)
+    (tmp_path / "files" / "17.png").write_bytes(encode_png(images[17]))
+    for name in ("mended", "whole"):
+        make("folder", tmp_path / "files", f"file://{tmp_path}/{name}", "--shard-samples", 7)
+    assert tree(tmp_path / "mended") == tree(tmp_path / "whole")
+
+
+def test_a_shard_of_bad_images_alone_is_empty(tmp_path: Path, images: np.ndarray) -> None:
+    root = tmp_path / "sorted"
+    for i, image in enumerate(images):
+        (root / f"{i // 30}").mkdir(parents=True, exist_ok=True)
+        (root / f"{i // 30}" / f"{i:02d}.png").write_bytes(encode_png(image) if i >= 10 else b"")
+    make("folder", root, f"file://{tmp_path}/out", "--shard-samples", 10, "--skip-bad", "--no-shuffle")
+    index = load_index(f"file://{tmp_path}/out")
+    assert [shard.samples for shard in index.shards] == [0, 10, 10, 10, 10, 10]
+    assert index.num_classes == 2
+    assert [sample.key[:8] for sample in iterate(index.url)] == [f"{i:08d}" for i in range(10, 60)]
+    assert verify_shards(index.url) == []
+    keys = [key for keys, _, _ in global_batches(config(index.url, image_size=16), 1, 0, 2) for key in keys]
+    assert len(set(keys)) == 48
 
 
 def test_runs_stay_together_on_the_way_to_a_shard() -> None:
@@ -124,24 +160,6 @@ def test_runs_stay_together_on_the_way_to_a_shard() -> None:
         assert sorted(found.tolist()) == list(range(count))
         jumps = (np.diff(found) != 1).sum()
         assert jumps <= -(-count // run) - 1 if run > 1 else jumps > 50
-
-
-def run_and_kill(arguments: list[str], after_s: float) -> bool:
-    """Whether it ended by itself; all its processes get SIGKILL."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tools.make_shards", *arguments],
-        cwd=ROOT,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        process.wait(after_s)
-        return True
-    except subprocess.TimeoutExpired:
-        os.kill(process.pid, signal.SIGKILL)  # the parent alone: its pool must notice
-        process.wait()
-        return False
 
 
 def test_killed_ten_times_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
@@ -174,12 +192,20 @@ def test_killed_ten_times_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
 def test_a_pool_dies_with_its_parent(tmp_path: Path) -> None:
     found = random_images(3000, 64)
     np.savez(tmp_path / "in.npz", images=found)
-    url = f"file://{tmp_path}/out"
-    assert not run_and_kill(["npz", str(tmp_path / "in.npz"), url, "--shard-samples", "10", "--workers", "2"], 12)
-    time.sleep(5)
+    arguments = ["npz", tmp_path / "in.npz", f"file://{tmp_path}/out", "--shard-samples", "10", "--workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tools.make_shards", *map(str, arguments)], cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    while not (tmp_path / "out" / "parts").exists():
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.kill()  # the parent alone
+    process.wait()
+    time.sleep(0.5)
     before = tree(tmp_path / "out")
-    time.sleep(3)
+    time.sleep(4)
     assert tree(tmp_path / "out") == before
+    assert "index.json" not in before
 
 
 def test_processes_make_the_same_bytes(tmp_path: Path, images: np.ndarray) -> None:

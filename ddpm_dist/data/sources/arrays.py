@@ -5,6 +5,8 @@ import io
 import pickle
 import struct
 import tarfile
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +116,14 @@ def read_idx(path: str) -> Pixels:
 def npz(path: str, labels: str | None = None) -> ArraySource:
     """Images [N, H, W, C] uint8 under `images`, `arr_0` or the first name; labels under `labels` or `arr_1`."""
     with open_input(path, "an .npz file") as file:
-        try:
-            arrays = dict(np.load(io.BytesIO(file.read()), allow_pickle=False))
-        except (ValueError, OSError, EOFError, TypeError) as error:
-            raise DataError(f"{path}: not an .npz file of plain arrays: {error}") from None
+        data = file.read()
+    try:
+        if not data.startswith(b"PK"):
+            raise ValueError(f"it begins with {data[:16]!r}")
+        arrays = dict(np.load(io.BytesIO(data), allow_pickle=False))
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        why = "it holds Python objects" if "allow_pickle" in str(error) else error
+        raise DataError(f"{path}: not an .npz file of plain arrays: {why}") from None
     name = next((n for n in ("images", "arr_0") if n in arrays), next(iter(arrays), ""))
     images = arrays.get(name)
     if images is None or images.dtype != np.uint8 or images.ndim not in (3, 4):
@@ -126,6 +132,8 @@ def npz(path: str, labels: str | None = None) -> ArraySource:
     if images.shape[3] not in (1, 3):
         raise DataError(f"{path}: {name} is {images.shape}; [N, H, W, 1 or 3] is wanted")
     found = next((arrays[n] for n in ("labels", "arr_1") if n in arrays and labels != "none"), None)
+    if found is not None and (found.ndim != 1 or found.dtype.kind not in "iu"):
+        raise DataError(f"{path}: labels are {found.dtype} {found.shape}; [N] whole numbers are wanted")
     return ArraySource(images, None if found is None else found.astype(np.int64), None, {"source": Path(path).name})
 
 

@@ -17,7 +17,7 @@ class Item:
     """An image as the input has it."""
 
     name: str
-    """Where it comes from; part of its key."""
+    """Where it comes from, a file with its extension; without that, part of its key."""
     image: bytes | Pixels
     """An image file, or [H, W, C] uint8."""
     label: int | None = None

@@ -31,7 +31,7 @@ class FileSource:
     def __getitem__(self, i: int) -> Item:
         name = self._names[i]
         label = None if self._labels is None else self._labels[i]
-        return Item(str(PurePosixPath(name).with_suffix("")), self._read(name), label)
+        return Item(name, self._read(name), label)
 
 
 def is_image(name: str) -> bool:

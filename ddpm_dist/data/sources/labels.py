@@ -17,16 +17,19 @@ def label_files(names: Sequence[str], labels: str | None) -> Labels:
     """Classes of files by the path below the input.
 
     labels: a CSV (file, class) or JSON file ({file: class}, or EDM's {"labels": [[file, class], …]}); "none"
-    for no labels; without it, the first folder is the class if every file lies in one.
+    for no labels; without it, the first folder in which files differ is the class, if every file lies in one.
     """
     if labels == "none":
         return None, None
     if labels is not None:
         return from_mapping(names, read_labels(labels), labels)
-    folders = [PurePosixPath(name).parts[0] if "/" in name else None for name in names]
-    if not names or None in folders:
+    folders = [PurePosixPath(name).parts[:-1] for name in names]
+    shallowest = min(map(len, folders), default=0)
+    # Levels at which all files agree are no classes: a zip often holds one folder with everything in it.
+    depth = next((d for d in range(shallowest) if len({parts[d] for parts in folders}) > 1), shallowest)
+    if depth == shallowest:
         return None, None
-    return from_mapping(names, {name: str(folder) for name, folder in zip(names, folders, strict=True)}, "")
+    return from_mapping(names, {name: parts[depth] for name, parts in zip(names, folders, strict=True)}, "")
 
 
 def from_mapping(names: Sequence[str], classes: Mapping[str, str | int], place: str) -> Labels:
@@ -35,6 +38,11 @@ def from_mapping(names: Sequence[str], classes: Mapping[str, str | int], place: 
     if missing is not None:
         raise DataError(f"--labels {place}: {missing} has no class there (of {len(names)} files)")
     values = [classes[name] for name in names]
+    for name, value in zip(names, values, strict=True):
+        if not isinstance(value, (int, str)) or value == "":
+            raise DataError(
+                f"--labels {place}: {name}: {value!r} is not a class; a number (0, 1, …) or a name is wanted"
+            )
     try:
         numbers = [int(value) for value in values]
     except ValueError:

@@ -59,7 +59,7 @@ class Parquet:
         image = row[self._image]
         name = ""
         if isinstance(image, dict):
-            name, image = Path(image.get("path") or "").stem, image.get("bytes")
+            name, image = Path(image.get("path") or "").name, image.get("bytes")
         label = row[self._label] if self._label else None
         return Item(name, image or b"", None if label is None else int(label))
 
