@@ -176,6 +176,8 @@ class ZeroConfig(Section):
 class CheckpointConfig(Section):
     every_steps: Free[Positive] = 1000
     keep_last: Free[Positive] = 2
+    """Newest states that are kept; at least two, so that a damaged one has a predecessor. That of the best evaluated
+    snapshot stays as well."""
     keep_every_steps: Free[Positive | None] = None
     """States at multiples of this are kept for ever."""
     snapshot_every_steps: Schedule[Positive] = 10000

@@ -5,7 +5,7 @@ Contract 3 of ARCHITECTURE.md; `state_format.py` draws the folder.
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -48,16 +48,19 @@ class Averaged(Protocol):
 class StateStore:
     """The states below `<run.url>/checkpoints`, for one attempt of the run.
 
-    `claim`, `load`, `save` and `finish` are called by all ranks alike. protected: steps that retention must
-    keep, such as the best evaluated one; may be changed at any time.
+    `claim`, `load`, `save` and `finish` are called by all ranks alike. protected: given the steps of all states,
+    those that retention must keep beside the last and the regular ones, such as the best evaluated one.
     """
 
-    def __init__(self, cfg: Config, world: World) -> None:
-        self._cfg, self._world = cfg, world
+    def __init__(
+        self, cfg: Config, world: World, protected: Callable[[Sequence[int]], Collection[int]] = lambda steps: ()
+    ) -> None:
+        self._cfg, self._world, self._protected = cfg, world, protected
         self.url = storage.join(cfg.run.url, "checkpoints")
         self.attempt = 0
         """Number of this attempt, from 1; 0 before it has claimed the run."""
-        self.protected: set[int] = set()
+        self.began_at = 0.0
+        """Unix time at which the run's first attempt claimed it; known to `claim`."""
         self.bytes_read = 0
         """By this rank, in `load`."""
         self._valid: list[fmt.StateId] = []
@@ -70,15 +73,15 @@ class StateStore:
         From here on, what older attempts write is void. ClaimError if another attempt claims at this moment.
         """
 
-        def claim() -> tuple[int, list[fmt.StateId]]:
+        def claim() -> tuple[int, float, list[fmt.StateId]]:
             claims, valid = history.read(self.url)
             attempt = max(claims, default=0) + 1
             history.claim(self.url, attempt, valid[0] if valid else None)
             if attempt > 1:
                 history.abort_uploads(self._cfg.run.url)
-            return attempt, valid
+            return attempt, history.claimed_at(self.url, min(claims, default=attempt)), valid
 
-        self.attempt, self._valid = self._first_decides(claim)
+        self.attempt, self.began_at, self._valid = self._first_decides(claim)
         return str(self._valid[0]) if self._valid else None
 
     def load(self, state: str, engine: Trained, averages: Averaged) -> dict[str, Any]:
@@ -186,9 +189,10 @@ class StateStore:
         """Retention, on rank 0's background thread."""
         cfg = self._cfg.checkpoint
         self._valid = [state, *self._valid]
-        protected = [s for s in self._valid if s.step in self.protected]
-        keep = fmt.kept_states(self._valid, cfg.keep_last, cfg.keep_every_steps, protected)
         try:
+            steps = self._protected([s.step for s in self._valid])
+            protected = [s for s in self._valid if s.step in steps]
+            keep = fmt.kept_states(self._valid, cfg.keep_last, cfg.keep_every_steps, protected)
             history.collect(self.url, state, keep)
         except StorageError as error:
             log.warning("old states were not removed: %s", error)

@@ -42,16 +42,23 @@ def _chain(url: str, attempts: list[int]) -> dict[int, fmt.StateId | None]:
     claims: dict[int, fmt.StateId | None] = {}
     attempt = max(attempts, default=0)
     while attempt in attempts and attempt not in claims:
-        continued = _read_claim(_owner_url(url, attempt))
+        continued, _ = _read_claim(_owner_url(url, attempt))
         claims[attempt] = continued
         attempt = continued.attempt if continued is not None else 0
     return claims
 
 
-def _read_claim(url: str) -> fmt.StateId | None:
+def claimed_at(url: str, attempt: int) -> float:
+    """Unix time of an attempt's claim."""
+    return _read_claim(_owner_url(url, attempt))[1]
+
+
+def _read_claim(url: str) -> tuple[fmt.StateId | None, float]:
+    """(the state that the attempt continues, Unix time of the claim)."""
     try:
-        name = json.loads(storage.read(url))["continues"]
-        return None if name is None else fmt.StateId.parse(name)
+        record = json.loads(storage.read(url))
+        name = record["continues"]
+        return None if name is None else fmt.StateId.parse(name), float(record["time"])
     except (ValueError, KeyError, TypeError):
         raise StateError(
             f"{storage.redact(url)}: not a claim of a run; restore it, or remove the run's folder"

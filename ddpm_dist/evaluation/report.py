@@ -20,7 +20,7 @@ from ddpm_dist.training.metrics import Events, read_events
 from ddpm_dist.training.run_folder import read_summary
 
 MAX_GRIDS = 8
-LOSS = "loss/mean"
+LOSS, RATE = "loss/mean", "optimisation/lr"
 _BESIDE = ("_floor", "_deviation", "_real", "_prior")
 
 
@@ -122,8 +122,8 @@ def _curves(found: Sequence[dict[str, Any]], events: Events) -> str:
         series = [Series("loss", events.scalars[LOSS])]
         series += [Series(f"t quartile {tag[-1]}", events.scalars[tag]) for tag in quartiles]
         charts.append(line_chart("Loss", series, log=True))
-    if events.scalars.get("train/lr"):
-        charts.append(line_chart("Learning rate", [Series("lr", events.scalars["train/lr"])]))
+    if events.scalars.get(RATE):
+        charts.append(line_chart("Learning rate", [Series("lr", events.scalars[RATE])]))
     names = list(dict.fromkeys(n for r in found for n in r["metrics"] if not n.endswith(_BESIDE)))
     for name in names:
         points = [(r["step"], r["metrics"][name]) for r in found if name in r["metrics"] and r["step"] is not None]

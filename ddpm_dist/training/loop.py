@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,18 +58,18 @@ class Training:
         learns_t = cfg.diffusion.t_sampling == "loss_second_moment"
         self.history = LossHistory(cfg.diffusion.timesteps) if learns_t else None
         self.loader = Loader(cfg, world.rank, world.size)
-        self.store = StateStore(cfg, world)
+        self.store = StateStore(cfg, world, partial(run_folder.steps_to_keep, cfg))
         self.goodput = Goodput()
         self.control = Control(world)
         self.skipped = SkippedSteps(cfg, world)
+        self.window = Window(0)
         self.step = self._resume(last_sign)
         """Optimizer steps done."""
         self.store.prepare(self.engine, self.ema)
         self.events = EventLog(cfg.run.url, self.store.attempt, self.step) if world.rank == 0 else None
         self.progress = Progress(self.step, cfg.train.steps, cfg.train.global_batch) if world.rank == 0 else None
         self.publisher = SnapshotPublisher(cfg, world, self.events)
-        self.clock = PhaseClock()
-        self.window = Window(self.step)
+        self.clock = PhaseClock(on_cuda=world.device.type == "cuda")
         self._flops_per_image: float | None = None
         self.trace = StepTrace(cfg, world)
 
@@ -92,7 +93,7 @@ class Training:
             stopping, preempted = self._exchange(batch, result)
             self.step += 1
             self._publish(save_now=stopping or preempted)
-            if self.step % cfg.logging.every_steps == 0 or self.step == cfg.train.steps or stopping:
+            if self.step % cfg.logging.every_steps == 0 or self.step == cfg.train.steps or stopping or preempted:
                 self._log(result)
             self.watchdog.beat()
         if preempted and not stopping and self.step < cfg.train.steps:
@@ -126,13 +127,18 @@ class Training:
             if self.cfg.run.init_from is not None:
                 init_from(self.cfg.run.init_from, self.engine, self.ema)
             log.info("a new run begins at step 0: %s", self.cfg.run.url)
+            self.goodput.began_at = self.store.began_at
+            if self.store.attempt > 1:
+                self.goodput.resume(self.store.began_at, last_sign_at, self.store.attempt - 1)
             return 0
         meta = self.store.load(state, self.engine, self.ema)
         self.goodput = Goodput(**meta["goodput"])
-        self.goodput.resume(meta["saved_at"], last_sign_at)
+        self.goodput.resume(meta["saved_at"], last_sign_at, self.store.attempt - 1)
+        self.skipped.total = meta["skipped_steps"]
         if self.history is not None and meta["loss_history"] is not None:
             self.history.load_state_dict({name: torch.tensor(v) for name, v in meta["loss_history"].items()})
         step = int(meta["step"])
+        self.window = Window(step, meta.get("bad_samples", 0))
         log.info(
             "continuing at step %d (%s images, epoch %d) as attempt %d; the state was read in %.1f s",
             step, f"{step * self.cfg.train.global_batch:,}", self.loader.epoch(step), self.store.attempt,
@@ -200,6 +206,7 @@ class Training:
             "goodput": asdict(self.goodput.plus(self.clock.read())),
             "loss_history": history and {name: values.tolist() for name, values in history.items()},
             "skipped_steps": self.skipped.total,
+            "bad_samples": self.window.bad_samples,
         }
 
     def _log(self, result: StepResult) -> None:
@@ -219,11 +226,14 @@ class Training:
                 "optimisation/grad_norm": result.report.grad_norm,
                 "optimisation/loss_scale": result.report.loss_scale,
                 "optimisation/skipped_steps": self.skipped.total,
+                "data/bad_samples": self.window.bad_samples,
                 "speed/images_per_second": images_per_second,
                 "speed/data_wait_fraction": phases["data"] / seconds,
                 **{f"seconds_per_step/{name}": value / steps for name, value in phases.items()},
                 **{f"goodput/{name}": share for name, share in self.goodput.shares().items()},
+                "progress/restarts": self.goodput.restarts,
                 "checkpoint/background_seconds": self.store.last_save_seconds,
+                "checkpoint/stall_seconds": phases["checkpoint"],
                 "checkpoint/failed_saves": self.store.failed_saves,
                 "progress/images_seen": self.step * self.cfg.train.global_batch,
                 "progress/epoch": self.loader.epoch(self.step),
@@ -258,6 +268,7 @@ class Training:
             "goodput": spent.shares(),
             "restarts": spent.restarts,
             "skipped_steps": self.skipped.total,
+            "bad_samples": self.window.bad_samples,
             "workers": self.world.size,
             "tensorboard": storage.join(cfg.run.url, "tensorboard"),
             "snapshot": run_folder.newest_snapshot(cfg.run.url),

@@ -18,6 +18,7 @@ import platform
 import threading
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 RENEW_S = 4.0
 LEASE_S = 20.0
 """A lease that isn't renewed for so long belongs to a dead attempt."""
+AWAITED = 4
+"""Most training states that wait for their snapshot's evaluation: where nobody evaluates, they would pile up."""
 
 
 def check(cfg: Config) -> None:
@@ -146,6 +149,23 @@ class Lease:
 def new_token() -> str:
     """Names one job, over all the attempts that its launcher makes."""
     return uuid.uuid4().hex
+
+
+def steps_to_keep(cfg: Config, steps: Sequence[int]) -> set[int]:
+    """Of these steps with a training state, those that evaluation wants to outlive checkpoint.keep_last.
+
+    The one of the best snapshot so far (evaluation/best.json), and the newest of those that evaluation.every is
+    going to rate: one of them may be the next best.
+    """
+    folder = storage.join(cfg.run.url, "evaluation")
+    best = _read_json(storage.join(folder, "best.json"), "step")
+    keep = {best["step"]} if best is not None else set()
+    every = cfg.evaluation.every
+    if every is not None:
+        rated = {name.partition("-")[0] for name in storage.list_names(storage.join(folder, "results"))}
+        due = [s for s in steps if s % every == 0 and s % cfg.checkpoint.snapshot_every_steps == 0]
+        keep |= set(sorted(step for step in due if f"{step:09d}" not in rated)[-AWAITED:])
+    return keep.intersection(steps)
 
 
 def write_summary(run_url: str, summary: dict[str, Any]) -> None:

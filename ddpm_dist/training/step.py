@@ -64,7 +64,7 @@ def training_step(
     t and eps of the image at place p depend on (seed, step, p) alone, not on the number of ranks.
     """
     seed, batch = cfg.run.seed, cfg.train.global_batch
-    with clock.phase("forward_backward"):
+    with clock.phase("forward"):
         places = torch.arange(world.rank * plan.share, (world.rank + 1) * plan.share, device=world.device)
         image_numbers = places + step * batch
         x_start = to_model_range(images.to(world.device, non_blocking=True))
@@ -74,13 +74,16 @@ def training_step(
         if cfg.model.dropout:
             torch.manual_seed(rng.fold(seed, step, world.rank))  # dropout's masks depend on this step alone
 
-        losses = []
-        for i in range(0, plan.share, plan.micro_batch):
-            part = slice(i, i + plan.micro_batch)
-            y_part = None if y is None else y[part]
+    losses = []
+    for i in range(0, plan.share, plan.micro_batch):
+        part = slice(i, i + plan.micro_batch)
+        y_part = None if y is None else y[part]
+        with clock.phase("forward"):
             found = training_losses(diffusion, engine, x_start[part], t[part], eps[part], y_part, cfg.diffusion)
-            engine.backward((weight[part] * found.loss).mean())
-            losses.append(found.loss.detach())
+            loss = _nan_unless_finite((weight[part] * found.loss).mean())
+        with clock.phase("backward"):
+            engine.backward(loss)
+        losses.append(found.loss.detach())
     with clock.phase("step"):
         report = engine.step(lr_at(cfg.train, step))
     return StepResult(t, torch.cat(losses), report)
@@ -95,6 +98,11 @@ def _classes(labels: Tensor | None, places: Tensor, step: int, cfg: Config, worl
     if not probability:
         return labels
     return drop_labels(labels, null, probability, cfg.run.seed, step, places, cfg.train.global_batch)
+
+
+def _nan_unless_finite(loss: Tensor) -> Tensor:
+    """A loss that isn't finite gets a gradient that isn't, on any rank: so the engine leaves out its step on all."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
 def to_model_range(images: Tensor) -> Tensor:

@@ -98,7 +98,10 @@ def fingerprint(run_url: str) -> str:
 
 
 def steps_of(record: Path) -> dict[int, dict[str, Any]]:
-    """{step: {"keys": of the global batch, "loss": mean, "world": ranks}} of the last attempt that did each step."""
+    """{step: {"keys", "t" and "losses" of the global batch, "loss": their mean, "grad_norm", "world": ranks}}.
+
+    Of the last attempt that did each step.
+    """
     found: dict[int, dict[int, dict[str, Any]]] = {}
     for path in sorted(record.glob("steps-*")):
         for line in path.read_text().splitlines():
@@ -111,9 +114,9 @@ def steps_of(record: Path) -> dict[int, dict[str, Any]]:
     whole = {}
     for step, ranks in found.items():
         entries = [ranks[rank] for rank in sorted(ranks)]
-        losses = [loss for entry in entries for loss in entry["losses"]]
-        keys = [key for entry in entries for key in entry["keys"]]
-        whole[step] = {"keys": keys, "loss": sum(losses) / len(losses), "world": entries[0]["world"]}
+        batch = {kind: [value for entry in entries for value in entry[kind]] for kind in ("keys", "t", "losses")}
+        loss = sum(batch["losses"]) / len(batch["losses"])
+        whole[step] = {**batch, "loss": loss, "grad_norm": entries[0]["grad_norm"], "world": entries[0]["world"]}
     return whole
 
 
@@ -184,7 +187,8 @@ def _record_steps(world: World, folder: Path) -> None:
     def recording(self: SkippedSteps, step: int, batch: Batch, result: StepResult) -> None:
         entry = {
             "attempt": attempt, "rank": world.rank, "world": world.size, "step": step, "keys": batch.keys,
-            "losses": result.loss.tolist(), "applied": result.report.applied,
+            "losses": result.loss.tolist(), "t": result.t.tolist(), "applied": result.report.applied,
+            "grad_norm": result.report.grad_norm,
         }  # fmt: skip
         with path.open("a") as file:
             file.write(json.dumps(entry) + "\n")

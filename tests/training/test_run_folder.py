@@ -124,6 +124,19 @@ def test_a_stop_object_is_noticed_and_removed_when_obeyed(url, monkeypatch) -> N
     assert not storage.exists(f"{url}/stop")
 
 
+def test_the_best_state_and_those_that_may_be_the_next_best_are_kept(url) -> None:
+    steps = [10 * i for i in range(1, 13)]
+    plan = ("checkpoint.snapshot_every_steps=20", "evaluation.every=20")
+    assert run_folder.steps_to_keep(config(url), steps) == set()
+    assert run_folder.steps_to_keep(config(url, *plan), steps) == {60, 80, 100, 120}, "not without a limit"
+    for step in (20, 40, 80):
+        storage.publish(f"{url}/evaluation/results/{step:09d}-500-against-1797-of-1b2c-77.json", b"{}")
+    storage.publish(f"{url}/evaluation/best.json", json.dumps({"step": 40, "metric": "frechet_pixel"}).encode())
+    assert run_folder.steps_to_keep(config(url, *plan), steps) == {40, 60, 100, 120}
+    assert run_folder.steps_to_keep(config(url), steps) == {40}, "evaluated by hand"
+    assert run_folder.steps_to_keep(config(url, *plan), [10, 30]) == set()
+
+
 def test_newest_snapshot_is_the_newest_whole_one(url) -> None:
     assert run_folder.newest_snapshot(url) is None
     for step in (10, 9):

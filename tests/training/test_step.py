@@ -24,14 +24,14 @@ train: {steps: 10, global_batch: 12, max_micro_batch: 4}
 class RecordingEngine:
     """Stands where the engine stands; keeps what the network was asked, and real gradients of one parameter."""
 
-    def __init__(self) -> None:
-        self.scale = torch.nn.Parameter(torch.tensor(0.5))
+    def __init__(self, offset: float = 0.0) -> None:
+        self.scale, self.offset = torch.nn.Parameter(torch.tensor(0.5)), offset
         self.asked: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
         self.rates: list[float] = []
 
     def __call__(self, x, t, labels=None):
         self.asked.append((x.clone(), t.clone(), labels))
-        return self.scale * x
+        return self.scale * x + self.offset
 
     def backward(self, loss):
         loss.backward()
@@ -44,12 +44,12 @@ class RecordingEngine:
         return torch.cat([x for x, _, _ in self.asked]), torch.cat([t for _, t, _ in self.asked])
 
 
-def run(cfg: Config, images, size: int, step: int = 3, labels=None) -> list[RecordingEngine]:
+def run(cfg: Config, images, size: int, step: int = 3, labels=None, offset: float = 0.0) -> list[RecordingEngine]:
     """One step in an imaginary world of `size` ranks."""
     engines = []
     plan = BatchPlan.of(cfg.train.global_batch, size, cfg.train.max_micro_batch)
     for rank in range(size):
-        engine, world = RecordingEngine(), World(rank, size, rank, torch.device("cpu"), "gloo")
+        engine, world = RecordingEngine(offset), World(rank, size, rank, torch.device("cpu"), "gloo")
         share = slice(rank * plan.share, (rank + 1) * plan.share)
         diffusion = GaussianDiffusion.from_config(cfg.diffusion)
         mine = None if labels is None else labels[share]
@@ -101,6 +101,17 @@ def test_gradient_is_that_of_the_mean_over_the_batch(images) -> None:
     expected = (2 * (0.5 * x_t - eps) * x_t).mean()
     assert engine.scale.grad is not None
     torch.testing.assert_close(engine.scale.grad.double() / 3, expected.double(), rtol=1e-4, atol=0)
+
+
+def test_a_loss_that_is_not_finite_has_no_finite_gradient(images) -> None:
+    """The square of 1e20 is none in float32, and its derivative is; the engine judges by the gradient."""
+    cfg = parse_config(RECIPE)
+    (engine,) = run(cfg, images, 1, offset=1e20)
+    assert engine.scale.grad is not None
+    assert not engine.scale.grad.isfinite()
+    (engine,) = run(cfg, images, 1, offset=1e15)
+    assert engine.scale.grad is not None
+    assert engine.scale.grad.isfinite()
 
 
 def test_labels_are_dropped_by_place_and_only_for_conditional_networks(images) -> None:
