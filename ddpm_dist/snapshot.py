@@ -92,9 +92,11 @@ def save_snapshot(
         SCHEDULER_CONFIG: _json(to_diffusers(diffusion)),
     }
     classes = unet_config.num_class_embeds
+    null_label = info.get("null_label", None if classes is None else classes - 1)
     ours = {
-        "null_label": None if classes is None else classes - 1,
         **info,
+        "null_label": null_label,
+        "num_classes": classes if null_label is None else null_label,
         "image_size": unet_config.sample_size,
         "channels": unet_config.in_channels,
         "portable": why_not is None,
@@ -143,24 +145,35 @@ def load_snapshot(url: str) -> tuple[UNet, GaussianDiffusion]:
 
 
 def load_info(url: str) -> dict[str, Any]:
-    """What is known of a snapshot: step, images_seen, kind, config, image_size, channels, null_label, portable, files.
+    """What is known of a snapshot: step, images_seen, kind, config, image_size, channels, num_classes, null_label,
+    portable, files.
 
-    For a folder of diffusers, which knows none of these but the shape, they are None (and files is empty).
+    num_classes: without the null class; None for an unconditional network. For a folder of diffusers, which knows none
+    of these but shape and classes, they are None (and files is empty).
     """
     read_index(url)
     unknown = dict.fromkeys(("step", "images_seen", "kind", "config", "null_label"))
     try:
         ours = _parse(storage.read(storage.join(url, OURS)), storage.redact(storage.join(url, OURS)))
     except NotFoundError:
-        name, data = _read_one(url, UNET_CONFIG, "config.json", sums={})
-        theirs = _parse(data, f"{storage.redact(url)}/{name}")
-        shape = {"image_size": theirs.get("sample_size"), "channels": theirs.get("in_channels")}
-        return {**unknown, **shape, "portable": True, "not_portable_because": None, "files": {}}
+        return {**unknown, **_info_of_diffusers(url), "portable": True, "not_portable_because": None, "files": {}}
     if ours.get("format") != FORMAT:
         raise SnapshotError(
             f"{storage.redact(url)}/{OURS}: format {ours.get('format')!r}; this version reads {FORMAT}, a newer one may"
         )
-    return {**unknown, **ours}
+    return {**unknown, "num_classes": ours.get("null_label"), **ours}
+
+
+def _info_of_diffusers(url: str) -> dict[str, Any]:
+    name, data = _read_one(url, UNET_CONFIG, "config.json", sums={})
+    theirs = _parse(data, f"{storage.redact(url)}/{name}")
+    found = {"image_size": theirs.get("sample_size"), "channels": theirs.get("in_channels")}
+    if not all(isinstance(value, int) for value in found.values()):
+        raise SnapshotError(
+            f"{storage.redact(url)}/{name}: sample_size is {found['image_size']!r} and in_channels "
+            f"{found['channels']!r}; images are square, both are whole numbers"
+        )
+    return {**found, "num_classes": theirs.get("num_class_embeds")}
 
 
 def snapshot_id(url: str) -> str:

@@ -5,10 +5,15 @@ import signal
 import uuid
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")  # before torch is imported: the same sums on any number of cores
+
+# How long an example takes is no property of the code, least of all on a busy machine.
+hypothesis.settings.register_profile("without_deadline", deadline=None)
+hypothesis.settings.load_profile("without_deadline")
 
 # What tests start is to hear Ctrl-C also where a shell in the background had these tests ignore it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

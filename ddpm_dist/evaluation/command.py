@@ -144,9 +144,10 @@ def _config(args: argparse.Namespace) -> Config:
         snapshot = manifest.snapshot if manifest else None
     if snapshot is None:
         if args.samples:
+            missing = "no manifest of a sampling job" if storage.list_names(args.samples) else "nothing"
             raise EvaluationError(
-                f"--samples {storage.redact(args.samples)}: no manifest of a sampling job is there; for images from "
-                "elsewhere give the recipe as well, by --config FILE"
+                f"--samples {storage.redact(args.samples)}: {missing} is there; launch/sample.py draws samples; for "
+                "images from elsewhere give the recipe as well, by --config FILE"
             )
         raise EvaluationError("give --samples URL or --snapshot URL, or --config FILE")
     return sampling_command.stored_config(snapshot, args.overrides)

@@ -14,12 +14,12 @@ from ddpm_dist.data.index import DataIndex, load_index
 from ddpm_dist.data.stream import iterate
 from ddpm_dist.distributed.ray_pool import ActorPool, Failed
 from ddpm_dist.errors import EvaluationError
-from ddpm_dist.evaluation import statistics
+from ddpm_dist.evaluation import metrics, statistics
 from ddpm_dist.evaluation.distances import frechet
 from ddpm_dist.evaluation.features import FeatureNetwork, open_network
-from ddpm_dist.evaluation.metrics import Reference
+from ddpm_dist.evaluation.metrics import Metric, Reference
 from ddpm_dist.evaluation.moments import Summary
-from ddpm_dist.evaluation.order import BITS_PER_DIM, Order
+from ddpm_dist.evaluation.order import BITS_PER_DIM, Order, network_specs
 from ddpm_dist.evaluation.worker import LikelihoodTask, NearestTask, SetPart, SummaryTask
 from ddpm_dist.sampling.images import grid_png
 from ddpm_dist.sampling.plan import Manifest
@@ -31,10 +31,13 @@ PART_IMAGES = 128
 
 @dataclass(frozen=True)
 class Comparison:
-    """One pool, the networks that are asked, and the size at which sets are compared."""
+    """One pool, the networks that are asked for which metrics, and the size at which sets are compared."""
 
     pool: ActorPool
     most_workers: int
+    wanted: Sequence[Metric]
+    given: Reference | None
+    """The statistics that order.reference names."""
     specs: Mapping[str, str]
     networks: Mapping[str, FeatureNetwork]
     keep: int
@@ -46,11 +49,10 @@ class Comparison:
         number = max(1, min(-(-count // PART_IMAGES), 4 * self.most_workers))
         return [SetPart(url, (k, number), self.size, self.channels) for k in range(number)]
 
-    def references(self, order: Order, data: DataIndex | None) -> dict[str, Reference]:
-        """Stored ones where they are, computed and stored ones else."""
-        if order.reference is not None:
-            given = statistics.load_given(order.reference, self.size)
-            return dict.fromkeys(self.networks, given)
+    def references(self, data: DataIndex | None) -> dict[str, Reference]:
+        """The given one; else stored ones where they are, and what is missing computed and stored."""
+        if self.given is not None:
+            return dict.fromkeys(self.networks, self.given)
         assert data is not None
         urls = {
             name: statistics.statistics_url(data.url, data.content_id, self.size, self.channels, network, self.keep)
@@ -94,10 +96,27 @@ class Comparison:
         return whole
 
 
+def prepare(order: Order, pool: ActorPool, most_workers: int, shape: tuple[int, int]) -> Comparison:
+    """Opens networks and statistics, for images of (size, channels).
+
+    Raises EvaluationError for what doesn't fit together: before hours are spent on images.
+    """
+    size, channels = shape
+    wanted = metrics.parse(name for name in order.metrics if name != BITS_PER_DIM)
+    specs = network_specs(wanted, order.networks)
+    networks = {name: open_network(spec, (channels, size, size)) for name, spec in specs.items()}
+    given = statistics.load_given(order.reference, size) if order.reference is not None else None
+    for metric in wanted:
+        metrics.check(metric, networks[metric.network], given)
+    keep = metrics.KEPT if any(metric.kind in metrics.NEEDS_KEPT for metric in wanted) else 0
+    return Comparison(pool, most_workers, wanted, given, specs, networks, keep, size, channels)
+
+
 def mean_bits_per_dim(order: Order, manifest: Manifest | None, compare: Comparison) -> dict[str, float]:
     url, from_snapshot = order.held_out or order.data, order.snapshot or (manifest.snapshot if manifest else None)
-    if url is None or from_snapshot is None:
-        raise EvaluationError(f"{BITS_PER_DIM}: needs a snapshot and --held-out (or --data)")
+    assert url is not None
+    if from_snapshot is None:
+        raise EvaluationError(f"{BITS_PER_DIM}: needs a snapshot, and the samples have no manifest that names theirs")
     total = load_index(url).num_samples
     tasks = [LikelihoodTask(part, from_snapshot, order.seed, EVERYTHING) for part in compare.parts(url, total)]
     progress = Progress("bits/dim", total)

@@ -17,9 +17,8 @@ from ddpm_dist.data.index import DataIndex, load_index
 from ddpm_dist.distributed.ray_pool import ActorPool
 from ddpm_dist.errors import EvaluationError, NotFoundError
 from ddpm_dist.evaluation import metrics
-from ddpm_dist.evaluation.compare import Comparison, mean_bits_per_dim, nearest
-from ddpm_dist.evaluation.features import open_network
-from ddpm_dist.evaluation.order import BITS_PER_DIM, Order, check, network_specs
+from ddpm_dist.evaluation.compare import Comparison, mean_bits_per_dim, nearest, prepare
+from ddpm_dist.evaluation.order import BITS_PER_DIM, Order, check
 from ddpm_dist.evaluation.result import ENOUGH, describe, publish, warnings
 from ddpm_dist.evaluation.worker import EvaluationWorker
 from ddpm_dist.sampling import job as sampling_job
@@ -37,9 +36,12 @@ def worker_factory(cluster: ClusterConfig) -> "partial[EvaluationWorker]":
 def run(order: Order, workers: tuple[int, int], cluster: ClusterConfig) -> dict[str, Any]:
     """Evaluates, publishes the result into order.out if it is given, and returns it."""
     check(order)
-    for name, url in (("--samples", order.samples), ("data.url", order.data)):
+    # A folder that holds nothing is said before any worker starts.
+    for name, url in (("data.url", order.data), ("--held-out", order.held_out)):
         if url is not None:
-            load_index(url, name)  # a folder that holds nothing is said before any worker starts
+            load_index(url, name)
+    if order.samples is not None:
+        _sample_index(order.samples)
     with ActorPool(worker_factory(cluster), workers, cluster) as pool:
         return evaluate(order, pool, workers[1], cluster)
 
@@ -48,8 +50,12 @@ def evaluate(order: Order, pool: ActorPool, most_workers: int, cluster: ClusterC
     """As `run`, with a pool that is there."""
     check(order)
     if order.samples is not None:
-        return _evaluate(order, order.samples, pool, most_workers)
+        index, manifest = _sample_index(order.samples), sampling_job.load_manifest(order.samples)
+        compare = prepare(order, pool, most_workers, _shape(index, manifest, order.samples))
+        return _evaluate(order, order.samples, compare)
     assert order.snapshot is not None
+    info = snapshot.load_info(order.snapshot)
+    compare = prepare(order, pool, most_workers, (info["image_size"], info["channels"]))
     samples = _temporary_folder(order)
     drawn = sampling_job.Order(
         order.snapshot,
@@ -59,27 +65,23 @@ def evaluate(order: Order, pool: ActorPool, most_workers: int, cluster: ClusterC
         order.labels,
         order.sampling.model_copy(update={"format": "raw"}),
     )
+    began = time.monotonic()
     sampling_job.run([drawn], (1, most_workers), cluster, pool)
-    result = _evaluate(order, samples, pool, most_workers)
+    result = _evaluate(order, samples, compare, sampling_seconds=time.monotonic() - began)
     storage.delete_tree(samples)
     return result
 
 
-def _evaluate(order: Order, samples: str, pool: ActorPool, most_workers: int) -> dict[str, Any]:
+def _evaluate(order: Order, samples: str, compare: Comparison, sampling_seconds: float | None = None) -> dict[str, Any]:
     began = time.monotonic()
-    wanted = metrics.parse(name for name in order.metrics if name != BITS_PER_DIM)
     index, manifest = load_index(samples), sampling_job.load_manifest(samples)
-    size, channels = _shape(index, manifest, samples)
     count = _count(order, index)
-    specs = network_specs(wanted, order.networks)
-    networks = {name: open_network(spec, (channels, size, size)) for name, spec in specs.items()}
-    keep = metrics.KEPT if any(metric.kind in metrics.NEEDS_KEPT for metric in wanted) else 0
-    compare = Comparison(pool, most_workers, specs, networks, keep, size, channels)
     data = load_index(order.data) if order.data else None
-    references = compare.references(order, data) if wanted else {}
-    own = compare.summaries(samples, index.num_samples, halves=False, limit=count) if wanted else {}
+    networks = compare.networks
+    references = compare.references(data) if compare.wanted else {}
+    own = compare.summaries(samples, index.num_samples, halves=False, limit=count) if compare.wanted else {}
     values: dict[str, float] = {}
-    for metric in wanted:
+    for metric in compare.wanted:
         values |= metrics.compute(metric, networks[metric.network], own[metric.network], references[metric.network])
     if BITS_PER_DIM in order.metrics:
         values |= mean_bits_per_dim(order, manifest, compare)
@@ -89,13 +91,32 @@ def _evaluate(order: Order, samples: str, pool: ActorPool, most_workers: int) ->
         result["grid"] = _copy_grid(order.out, result["name"], samples)
     if order.nearest and data is not None:
         result["nearest"] = nearest(order, compare, samples, data, result["name"])
-    result["warnings"] = warnings(manifest, count, data, networks, size)
+    result["warnings"] = warnings(manifest, count, data, networks, compare.size)
+    result["workers"] = compare.pool.alive
     result["seconds"] = round(time.monotonic() - began, 3)
+    result["sampling_seconds"] = None if sampling_seconds is None else round(sampling_seconds, 3)
     for warning in result["warnings"]:
         log.warning("%s", warning)
     if order.out:
         publish(order.out, result)
     return result
+
+
+def _sample_index(url: str) -> DataIndex:
+    try:
+        return load_index(url)
+    except NotFoundError:
+        place = storage.redact(url)
+        storage.check_access(url, "--samples")
+        if sampling_job.load_manifest(url) is not None:
+            raise EvaluationError(
+                f"--samples {place}: its sampling job has not finished; start launch/sample.py with the same arguments "
+                "again, it does what is missing"
+            ) from None
+        raise EvaluationError(
+            f"--samples {place}: no samples are there; launch/sample.py draws them, and tools/index_shards.py "
+            "indexes shards of another program"
+        ) from None
 
 
 def _shape(index: DataIndex, manifest: Manifest | None, samples: str) -> tuple[int, int]:

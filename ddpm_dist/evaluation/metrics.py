@@ -70,39 +70,62 @@ def parse(names: Iterable[str]) -> list[Metric]:
     return metrics
 
 
+def check(metric: Metric, network: FeatureNetwork, given: Reference | None) -> None:
+    """EvaluationError if the network, or statistics that the user gave, lack what a metric needs."""
+    name = f"{metric.kind}_{network.name}"
+    if metric.kind == "is" and not network.classes:
+        raise EvaluationError(f"{name}: {network.name} has no classes; use inception")
+    if metric.kind == "sfid" and not network.spatial_dim:
+        raise EvaluationError(f"{name}: {network.name} has no spatial features; use inception")
+    if given is None or metric.kind == "is":
+        return
+    dim = len(given.mean if isinstance(given, Given) else given.moments.total)
+    if dim != network.dim:
+        raise EvaluationError(
+            f"--reference: its mean has {dim} features, {network.name} has {network.dim}; it was made with another "
+            "network"
+        )
+    images_kept = isinstance(given, Summary) and len(given.kept.features)
+    if metric.kind in NEEDS_KEPT and not images_kept:
+        raise EvaluationError(f"{name}: needs the reference's images, not only their mean; give --data")
+    if metric.kind == "sfid" and (isinstance(given, Given) or given.spatial is None):
+        raise EvaluationError(f"{name}: the reference has no spatial features; give --data")
+
+
 def compute(metric: Metric, network: FeatureNetwork, samples: Summary, reference: Reference) -> Values:
-    """{name: value} of one metric, each with `<name>_floor` where the reference allows it."""
+    """{name: value} of one metric that passed `check`, each with `<name>_floor` where the reference allows it."""
     return KINDS[metric.kind](network, samples, reference)
 
 
 def _frechet(network: FeatureNetwork, samples: Summary, reference: Reference) -> Values:
     name = "fid" if network.name == "inception" else f"frechet_{network.name}"
     if isinstance(reference, Given):
-        return {name: distances.frechet(samples.moments, _fitting(reference, network))}
+        return {name: distances.frechet(samples.moments, reference)}
     values = {name: distances.frechet(samples.moments, reference.moments)}
     return values if reference.floor is None else {**values, f"{name}_floor": reference.floor}
 
 
 def _sfid(network: FeatureNetwork, samples: Summary, reference: Reference) -> Values:
-    if isinstance(reference, Given) or samples.spatial is None or reference.spatial is None:
-        raise EvaluationError(f"sfid_{network.name}: {network.name} or the reference has no spatial features")
+    assert isinstance(reference, Summary)
+    assert samples.spatial is not None
+    assert reference.spatial is not None
     return {"sfid": distances.frechet(samples.spatial, reference.spatial)}
 
 
 def _kid(network: FeatureNetwork, samples: Summary, reference: Reference) -> Values:
-    real = _images_of(reference, "kid", network)
-    value, deviation = distances.kid(samples.kept.features, real.kept.features)
-    half = len(real.kept.features) // 2
+    assert isinstance(reference, Summary)
+    real = reference.kept.features
+    value, deviation = distances.kid(samples.kept.features, real)
+    half = len(real) // 2
     values = {f"kid_{network.name}": value, f"kid_{network.name}_deviation": deviation}
     if half >= MIN_HALF:
-        floor = distances.kid(real.kept.features[:half], real.kept.features[half:])[0]
+        floor = distances.kid(real[:half], real[half:])[0]
         values[f"kid_{network.name}_floor"] = floor
     return values
 
 
 def _inception_score(network: FeatureNetwork, samples: Summary, reference: Reference) -> Values:
-    if samples.score is None:
-        raise EvaluationError(f"is_{network.name}: {network.name} has no classes; use inception")
+    assert samples.score is not None
     value, deviation = distances.inception_score(samples.score)
     values = {f"is_{network.name}": value, f"is_{network.name}_deviation": deviation}
     if isinstance(reference, Summary) and reference.score is not None:
@@ -111,7 +134,8 @@ def _inception_score(network: FeatureNetwork, samples: Summary, reference: Refer
 
 
 def _prdc(network: FeatureNetwork, samples: Summary, reference: Reference) -> Values:
-    real = _images_of(reference, "prdc", network).kept.features
+    assert isinstance(reference, Summary)
+    real = reference.kept.features
     found = distances.prdc(real, samples.kept.features)
     values = {f"{name}_{network.name}": value for name, value in found.items()}
     half = len(real) // 2
@@ -119,21 +143,6 @@ def _prdc(network: FeatureNetwork, samples: Summary, reference: Reference) -> Va
         floors = distances.prdc(real[:half], real[half:])
         values |= {f"{name}_{network.name}_floor": value for name, value in floors.items()}
     return values
-
-
-def _images_of(reference: Reference, kind: str, network: FeatureNetwork) -> Summary:
-    if isinstance(reference, Given):
-        raise EvaluationError(f"{kind}_{network.name}: needs the reference's images, not only their mean; give --data")
-    return reference
-
-
-def _fitting(reference: Given, network: FeatureNetwork) -> Given:
-    if len(reference.mean) != network.dim:
-        raise EvaluationError(
-            f"--reference: its mean has {len(reference.mean)} features, {network.name} has {network.dim}; "
-            "it was made with another network"
-        )
-    return reference
 
 
 KINDS: Mapping[str, Callable[[FeatureNetwork, Summary, Reference], Values]] = {

@@ -49,6 +49,8 @@ def check(order: Order) -> None:
     if (order.data is None) == (order.reference is None):
         raise EvaluationError("give one of --data and --reference: what it is compared with")
     check_metrics(order.metrics, order.networks)
+    if BITS_PER_DIM in order.metrics and order.held_out is None and order.data is None:
+        raise EvaluationError(f"{BITS_PER_DIM}: of which images? Give --held-out (or --data)")
 
 
 def check_metrics(names: Sequence[str], networks: Mapping[str, str]) -> None:

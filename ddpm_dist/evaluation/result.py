@@ -45,6 +45,7 @@ def describe(
         "weights": manifest.kind if manifest else None,
         "seed": manifest.seed if manifest else None,
         "sampling": manifest.sampling.model_dump(mode="json") if manifest else None,
+        "sampled_on": manifest.fingerprint.model_dump(mode="json") if manifest else None,
         "reference": reference,
         "networks": {n.name: {"hash": n.hash, "features": n.dim, "resize": n.resize} for n in networks.values()},
         "versions": {

@@ -15,11 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddpm_dist import snapshot
+from ddpm_dist import snapshot, storage
 from ddpm_dist.data.index import load_index
 from ddpm_dist.data.order import share_of
 from ddpm_dist.data.stream import iterate
 from ddpm_dist.diffusion.likelihood import bits_per_dim
+from ddpm_dist.errors import EvaluationError
 from ddpm_dist.evaluation.distances import nearest
 from ddpm_dist.evaluation.features import FeatureNetwork, open_network
 from ddpm_dist.evaluation.moments import Summary
@@ -127,8 +128,9 @@ class EvaluationWorker:
 
     def likelihood(self, task: LikelihoodTask) -> tuple[int, float, float]:
         """(images, sum of bits/dim, sum of the prior's part): the bound of Ho et al. 2020, equation 5."""
-        network, diffusion = self._sampler.network(task.snapshot, "fp32")
-        conditional = snapshot.load_info(task.snapshot)["null_label"] is not None
+        with self._computing:
+            network, diffusion = self._sampler.network(task.snapshot, "fp32")
+        info = snapshot.load_info(task.snapshot)
         count, total, prior = 0, 0.0, 0.0
         for first, images, labels in _blocks(task.images, LIKELIHOOD_BATCH, task.limit):
             x_start = (images.to(self._device).float() / 127.5) - 1
@@ -140,12 +142,25 @@ class EvaluationWorker:
                     x_start,
                     seed=task.seed,
                     indices=indices,
-                    labels=labels.to(self._device) if conditional and labels is not None else None,
+                    labels=self._classes(labels, len(images), task, info),
                 )
             count += len(images)
             total += float(bits.total.sum())
             prior += float(bits.prior.sum())
         return count, total, prior
+
+    def _classes(self, labels: Tensor | None, count: int, task: LikelihoodTask, info: dict[str, Any]) -> Tensor | None:
+        """The classes that a network is asked with: the images' own, the null class for images without."""
+        classes, url = info["num_classes"], storage.redact(task.images.url)
+        if classes is None:
+            return None
+        if labels is None:
+            if info["null_label"] is None:
+                raise EvaluationError(f"bits_per_dim: {url} has no labels, and the network has no null class")
+            return torch.full((count,), info["null_label"], device=self._device)
+        if int(labels.max()) >= classes:
+            raise EvaluationError(f"bits_per_dim: {url} has class {int(labels.max())}, the network 0..{classes - 1}")
+        return labels.to(self._device)
 
     def find_nearest(self, task: NearestTask) -> tuple[Tensor, Tensor, Tensor]:
         """Distances [Q], indices in the set [Q] and images [Q, C, H, W] of the nearest of this part."""

@@ -142,11 +142,12 @@ def _draft(order: Order) -> _Draft:
     if order.num_samples < 1:
         raise SamplingError(f"--num-samples {order.num_samples}: at least 1 is needed")
     info = snapshot.load_info(order.snapshot)
-    Labels.parse(order.labels, info["null_label"])
+    _labels(order, info)
     if info["null_label"] is None and order.sampling.guidance_scale != 1:
+        kind = "is unconditional" if info["num_classes"] is None else "has no null class"
         raise SamplingError(
-            f"sampling.guidance_scale: {order.sampling.guidance_scale}: this snapshot's network is unconditional, it "
-            "can't be guided; use 1"
+            f"sampling.guidance_scale: {order.sampling.guidance_scale}: this snapshot's network {kind}, it can't be "
+            "guided; use 1"
         )
     storage.check_access(order.out, "--out")
     stored = load_manifest(order.out)
@@ -204,14 +205,18 @@ def _manifest(order: Order, draft: _Draft, fingerprint: Fingerprint, batch_size:
         kind=info["kind"],
         image_size=info["image_size"],
         channels=info["channels"],
-        num_classes=info["null_label"],
+        num_classes=info["num_classes"],
         seed=order.seed,
         num_samples=order.num_samples,
-        labels=Labels.parse(order.labels, info["null_label"]).spec,
+        labels=_labels(order, info).spec,
         sampling=order.sampling.model_copy(update={"batch_size": batch_size}),
         fingerprint=fingerprint,
         versions={"ddpm_dist": ddpm_dist.__version__, "ray": version("ray"), "torch": str(torch.__version__)},
     )
+
+
+def _labels(order: Order, info: dict[str, Any]) -> Labels:
+    return Labels.parse(order.labels, info["num_classes"], has_null=info["null_label"] is not None)
 
 
 def load_manifest(out: str) -> Manifest | None:
@@ -264,8 +269,12 @@ def export_png(out: str, url: str) -> None:
 
 def _check_distinct(orders: Sequence[Order]) -> None:
     folders = [order.out.rstrip("/") for order in orders]
-    if len(set(folders)) < len(folders):
-        raise SamplingError("two sets of samples of one job can't share an --out")
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise SamplingError(
+                f"--out {storage.redact(folder)}: two sets of samples of a job can't share it; is a value of --sweep, "
+                "or the last part of two --snapshot, the same?"
+            )
 
 
 def _at_least(count: int) -> int:

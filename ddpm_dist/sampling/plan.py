@@ -57,18 +57,20 @@ class Labels:
     """Classes without the null class; None for an unconditional network."""
 
     @classmethod
-    def parse(cls, spec: str | None, null_label: int | None) -> "Labels":
+    def parse(cls, spec: str | None, num_classes: int | None, has_null: bool = True) -> "Labels":
         """Of the user's words; by default random classes for a conditional network. Raises SamplingError."""
-        if null_label is None:
+        if num_classes is None:
             if spec not in (None, "none"):
                 raise SamplingError(f"--labels {spec}: this snapshot's network is unconditional; leave --labels out")
             return cls("none", None)
         spec = spec or "random"
+        if spec == "none" and not has_null:
+            raise SamplingError("--labels none: this snapshot's network has no null class; leave --labels out")
         if spec == "all":
-            spec = ",".join(map(str, range(null_label)))
+            spec = ",".join(map(str, range(num_classes)))
         if spec not in ("none", "random"):
-            _parse_list(spec, null_label)
-        return cls(spec, null_label)
+            _parse_list(spec, num_classes)
+        return cls(spec, num_classes)
 
     def __call__(self, indices: Tensor, seed: int) -> Tensor | None:
         """[B] int64 classes of these images (the null class for `none`); None for an unconditional network."""

@@ -190,7 +190,7 @@ class SampleWorker:
         batch = 1
         while True:
             shape = (batch * (2 if settings.guidance_scale != 1 else 1), info["channels"], *[info["image_size"]] * 2)
-            labels = None if info["null_label"] is None else torch.zeros(shape[0], dtype=torch.long)
+            labels = None if info["num_classes"] is None else torch.zeros(shape[0], dtype=torch.long)
             labels = labels.to(self._device) if labels is not None else None
             before = _used_bytes(self._device)
             try:

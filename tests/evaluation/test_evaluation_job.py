@@ -179,6 +179,17 @@ def test_bits_per_dim_is_the_mean_over_the_set(tmp_path: Path, sets: tuple[str, 
     }
 
 
+def test_bits_per_dim_of_images_without_labels_takes_the_null_class(tmp_path: Path, sets: tuple[str, str]) -> None:
+    url, images = make_snapshot(f"file://{tmp_path}/snapshot", num_classes=2), pictures(5, 5)
+    held_out = make_set(f"file://{tmp_path}/held-out", images)
+    order = Order(snapshot=url, data=sets[1], held_out=held_out, metrics=("bits_per_dim",), num_samples=4)
+    found = evaluate(replace(order, sampling=SETTINGS, out=f"file://{tmp_path}/out"))["metrics"]
+    network, diffusion = snapshot.load_snapshot(url)
+    null, x = torch.full((5,), 2), images.float() / 127.5 - 1
+    bits = bits_per_dim(network, diffusion, x, seed=0, indices=torch.arange(5), labels=null)
+    assert found["bits_per_dim"] == pytest.approx(float(bits.total.mean()), rel=1e-5)  # type: ignore[index]
+
+
 def test_warnings(tmp_path: Path, sets: tuple[str, str]) -> None:
     url = make_snapshot(f"file://{tmp_path}/raw", kind="raw")
     out = f"file://{tmp_path}/out"
@@ -212,6 +223,46 @@ def test_orders_that_cannot_be(sets: tuple[str, str], change: dict[str, object],
     order = replace(Order(samples=sets[0], data=sets[1], metrics=PIXEL), **change)  # type: ignore[arg-type]
     with pytest.raises(EvaluationError, match=message):
         evaluate(order)
+
+
+def test_what_does_not_fit_is_said_before_images_are_drawn(sets: tuple[str, str], tmp_path: Path) -> None:
+    """Weights, statistics and metrics that can't work: hours of sampling would be lost to them."""
+    url, out = make_snapshot(f"file://{tmp_path}/snapshot"), f"file://{tmp_path}/evaluation"
+    storage.publish(f"file://{tmp_path}/weights.pth", b"no weights")
+    wrong = {"inception": f"file://{tmp_path}/weights.pth#sha256={'0' * 64}"}
+    small = io.BytesIO()
+    np.savez(small, mu=np.zeros(3), sigma=np.eye(3))
+    fitting = io.BytesIO()
+    np.savez(fitting, mu=np.zeros(64), sigma=np.eye(64))
+    storage.publish(f"file://{tmp_path}/small.npz", small.getvalue())
+    storage.publish(f"file://{tmp_path}/fitting.npz", fitting.getvalue())
+    order = Order(snapshot=url, data=sets[1], metrics=PIXEL, num_samples=16, sampling=SETTINGS, out=out)
+    cases = [
+        (replace(order, metrics=("fid",), networks=wrong), f"its SHA-256 is .*, not {'0' * 64}"),
+        (replace(order, data=None, reference=f"file://{tmp_path}/small.npz"), "mean has 3 features, pixel has 64"),
+        (
+            replace(order, data=None, reference=f"file://{tmp_path}/fitting.npz", metrics=("kid_pixel",)),
+            "kid_pixel: needs the reference's images",
+        ),
+        (replace(order, metrics=("sfid_pixel",)), "sfid_pixel: pixel has no spatial features"),
+        (replace(order, metrics=("is_pixel",)), "is_pixel: pixel has no classes"),
+    ]
+    for bad, message in cases:
+        pool = InProcess()
+        with pytest.raises(EvaluationError, match=message):
+            evaluate(bad, pool)
+        assert pool.tasks == []
+    assert storage.list_objects(out) == {}
+
+
+def test_samples_that_are_not_there_yet(sets: tuple[str, str], tmp_path: Path) -> None:
+    url, out = make_snapshot(f"file://{tmp_path}/snapshot"), f"file://{tmp_path}/out"
+    sampling_job.run([make_order(url, out)], (1, 3), CLUSTER, InProcess())  # type: ignore[arg-type]
+    storage.delete(f"{out}/index.json")
+    with pytest.raises(EvaluationError, match="its sampling job has not finished; start launch/sample.py"):
+        evaluate(Order(samples=out, data=sets[1], metrics=PIXEL))
+    with pytest.raises(EvaluationError, match="no samples are there; launch/sample.py draws them"):
+        evaluate(Order(samples=f"file://{tmp_path}/nowhere", data=sets[1], metrics=PIXEL))
 
 
 def test_references_that_do_not_fit(sets: tuple[str, str], tmp_path: Path) -> None:

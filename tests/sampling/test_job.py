@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ddpm_dist import snapshot, storage
 from ddpm_dist.config import ClusterConfig
@@ -181,9 +182,28 @@ def test_equal_seeds_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def _batches(unit: Unit, size: int) -> list[object]:
-    import torch
-
     return [torch.arange(first, first + size) for first in range(unit.start, unit.stop, size)]
+
+
+def test_a_class_conditional_network_of_diffusers(tmp_path: Path) -> None:
+    """It has no null class: classes are drawn or given, and it can't be guided."""
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, norm_num_groups=4,
+        num_class_embeds=3,
+    )  # fmt: skip
+    DDPMPipeline(unet, DDPMScheduler(20)).save_pretrained(tmp_path / "theirs")
+    url, out = f"file://{tmp_path}/theirs", f"file://{tmp_path}/out"
+    run_here(make_order(url, out), make_order(url, f"{out}-1", labels="1"))
+    assert {sample.label for sample in iterate(out)} == {0, 1, 2}
+    assert {sample.label for sample in iterate(f"{out}-1")} == {1}
+    assert load_index(out).num_samples == 20
+    guided = make_order(url, f"{out}-2", sampling=SETTINGS.model_copy(update={"guidance_scale": 2.0}))
+    with pytest.raises(SamplingError, match="network has no null class, it can't be guided; use 1"):
+        run_here(guided)
 
 
 def test_exports(tmp_path: Path) -> None:

@@ -77,8 +77,15 @@ def test_listed_labels_repeat() -> None:
     assert Labels.parse(None, None)(indices, 0) is None
 
 
+def test_a_network_without_a_null_class() -> None:
+    assert Labels.parse(None, 3, has_null=False).spec == "random"
+    assert Labels.parse("all", 3, has_null=False).spec == "0,1,2"
+    with pytest.raises(SamplingError, match="--labels none: this snapshot's network has no null class"):
+        Labels.parse("none", 3, has_null=False)
+
+
 @pytest.mark.parametrize(
-    ("spec", "null_label", "message"),
+    ("spec", "num_classes", "message"),
     [
         ("3", None, "--labels 3: this snapshot's network is unconditional"),
         ("random", None, "unconditional"),
@@ -86,9 +93,9 @@ def test_listed_labels_repeat() -> None:
         ("cat", 10, "expected random, none, all, or classes such as 3"),
     ],
 )
-def test_labels_that_cannot_be(spec: str, null_label: int | None, message: str) -> None:
+def test_labels_that_cannot_be(spec: str, num_classes: int | None, message: str) -> None:
     with pytest.raises(SamplingError, match=message):
-        Labels.parse(spec, null_label)
+        Labels.parse(spec, num_classes)
 
 
 def test_a_manifest_comes_back_from_its_bytes() -> None:
