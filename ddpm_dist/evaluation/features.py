@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ddpm_dist import storage
-from ddpm_dist.errors import EvaluationError
+from ddpm_dist.errors import EvaluationError, NotFoundError
 from ddpm_dist.evaluation import inception
 
 BATCH = 64
@@ -142,7 +142,7 @@ class Inception(FeatureNetwork):
     resize = "TensorFlow 1 bilinear to 299 px (antialiased bilinear above 299 px)"
 
     def __init__(self, weights_url: str, device: torch.device | str = "cpu") -> None:
-        weights, sha256, asserted = _fetch(weights_url)
+        weights, sha256, asserted = _fetch("inception", weights_url)
         known = sha256.startswith(INCEPTION_SHA256_PREFIX)
         if not known and not asserted:
             raise EvaluationError(
@@ -172,7 +172,7 @@ class Script(FeatureNetwork):
     resize = "the module's own"
 
     def __init__(self, name: str, url: str, device: torch.device | str = "cpu") -> None:
-        code, _, _ = _fetch(url)
+        code, _, _ = _fetch(name, url)
         try:
             self._network: Callable[[Tensor], Tensor] = torch.jit.load(io.BytesIO(code), map_location=device).eval()
             probe = self._network(torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device))
@@ -213,13 +213,17 @@ def _rgb(images: Tensor) -> Tensor:
     return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
 
-def _fetch(url: str) -> tuple[bytes, str, bool]:
+def _fetch(name: str, url: str) -> tuple[bytes, str, bool]:
     """(bytes, SHA-256, whether the user named that hash) of `URL` or `URL#sha256=HEX`."""
     place, _, wanted = url.partition("#sha256=")
-    data = storage.read(place)
+    shown = f"{name}: {storage.redact(place)}"
+    try:
+        data = storage.read(place)
+    except NotFoundError:
+        raise EvaluationError(f"{shown}: not found; --network {name}=URL names the file of the weights") from None
     sha256 = hashlib.sha256(data).hexdigest()
     if wanted and sha256 != wanted.lower():
-        raise EvaluationError(f"{storage.redact(place)}: its SHA-256 is {sha256}, not {wanted}; is it another file?")
+        raise EvaluationError(f"{shown}: its SHA-256 is {sha256}, not {wanted}; is it another file?")
     return data, sha256, bool(wanted)
 
 

@@ -2,7 +2,7 @@
 
     evaluation/results/<name>.json   one per snapshot; a step that has one is not evaluated again
     evaluation/results.jsonl         all of them
-    evaluation/best.json             the snapshot with the smallest first metric
+    evaluation/best.json             the snapshot with the best value of the first metric
     evaluation/grids/<name>.png      its first samples
     tensorboard/evaluation/          the curves
 
@@ -22,6 +22,7 @@ from ddpm_dist.config import Config
 from ddpm_dist.distributed.ray_jobs import submit_beside
 from ddpm_dist.errors import ClusterError, EvaluationError
 from ddpm_dist.evaluation import job
+from ddpm_dist.evaluation.metrics import LARGER_IS_BETTER
 from ddpm_dist.evaluation.order import Order, check_metrics
 from ddpm_dist.evaluation.report import write_report
 from ddpm_dist.evaluation.result import results
@@ -90,13 +91,14 @@ def answers(result: Mapping[str, Any], order: Order) -> bool:
 
 
 def mark_best(folder: str) -> dict[str, Any] | None:
-    """Writes best.json: the snapshot with the smallest value of the results' first metric."""
+    """Writes best.json: the snapshot with the best value of the results' first metric."""
     rated = [(next(iter(r["metrics"].items())), r) for r in results(folder) if r["metrics"] and r["snapshot"]]
     if not rated:
         return None
     name = rated[-1][0][0]
     comparable = [(value, result) for (metric, value), result in rated if metric == name]
-    value, result = min(comparable, key=lambda pair: (pair[0], pair[1]["step"] or 0))
+    sign = -1 if name.startswith(LARGER_IS_BETTER) else 1
+    value, result = min(comparable, key=lambda pair: (sign * pair[0], pair[1]["step"] or 0))
     best = {"snapshot": result["snapshot"], "step": result["step"], "metric": name, "value": value}
     storage.publish(storage.join(folder, "best.json"), (json.dumps(best, indent=2) + "\n").encode())
     return best

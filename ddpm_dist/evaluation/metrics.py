@@ -30,6 +30,8 @@ ALIASES = {
     "sfid": "sfid_inception",
 }
 NEEDS_KEPT = ("kid", "prdc")
+LARGER_IS_BETTER = ("is_", "precision_", "recall_", "density_", "coverage_")
+"""How the names of values begin of which the larger is the better one."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -34,7 +34,7 @@ def describe(
         reference = {"data": data.url, "content_id": data.content_id, "num_samples": data.num_samples, "flips": False}
         reference["floor"] = f"between two halves of {data.num_samples // 2} images"
     return {
-        "name": _name(manifest, count, data, order),
+        "name": _name(manifest, count, data, order, [network.hash for network in networks.values()]),
         "asked": {"metrics": list(order.metrics), "num_samples": order.num_samples},
         "samples": samples if order.samples else None,
         "num_samples": count,
@@ -56,7 +56,7 @@ def describe(
     }
 
 
-def _name(manifest: Manifest | None, count: int, data: DataIndex | None, order: Order) -> str:
+def _name(manifest: Manifest | None, count: int, data: DataIndex | None, order: Order, hashes: Sequence[str]) -> str:
     """Says the step, the numbers of images and the reference; one name for one question."""
     step = f"{manifest.step:09d}" if manifest and manifest.step is not None else "samples"
     if data is not None:
@@ -64,7 +64,7 @@ def _name(manifest: Manifest | None, count: int, data: DataIndex | None, order: 
     else:
         place = order.reference or ""
         against = place.rpartition("/")[2].removesuffix(".npz")
-    question = [manifest.model_dump_json() if manifest else order.samples, place, order.metrics, order.held_out]
+    question = [manifest.model_dump_json() if manifest else order.samples, place, order.metrics, order.held_out, hashes]
     digest = hashlib.sha256(json.dumps(question).encode()).hexdigest()[:8]
     return f"{step}-{count}-against-{against}-{digest}"
 

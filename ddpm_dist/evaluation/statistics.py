@@ -2,6 +2,7 @@
 
 import io
 import logging
+import zipfile
 from collections.abc import Mapping
 
 import numpy as np
@@ -31,7 +32,7 @@ def load(url: str) -> Summary | None:
         return from_arrays(_arrays(storage.read(url)))
     except NotFoundError:
         return None
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         log.warning("%s can't be read (%s) and is made anew", storage.redact(url), error)
         return None
 
@@ -51,8 +52,10 @@ def load_given(url: str, image_size: int) -> Reference:
     place = storage.redact(url)
     try:
         arrays = _arrays(storage.read(url))
-    except (ValueError, OSError) as error:
-        raise EvaluationError(f"--reference {place}: not an .npz file: {error}") from None
+    except NotFoundError:
+        raise EvaluationError(f"--reference {place}: not found") from None
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile):
+        raise EvaluationError(f"--reference {place}: not an .npz file; give one with mu and sigma") from None
     if "outers" in arrays:
         if f"-{image_size}px-" not in url:
             raise EvaluationError(

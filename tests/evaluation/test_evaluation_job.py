@@ -259,9 +259,9 @@ def test_samples_that_are_not_there_yet(sets: tuple[str, str], tmp_path: Path) -
     url, out = make_snapshot(f"file://{tmp_path}/snapshot"), f"file://{tmp_path}/out"
     sampling_job.run([make_order(url, out)], (1, 3), CLUSTER, InProcess())  # type: ignore[arg-type]
     storage.delete(f"{out}/index.json")
-    with pytest.raises(EvaluationError, match="its sampling job has not finished; start launch/sample.py"):
+    with pytest.raises(EvaluationError, match="its sampling job has not finished; start launch"):
         evaluate(Order(samples=out, data=sets[1], metrics=PIXEL))
-    with pytest.raises(EvaluationError, match="no samples are there; launch/sample.py draws them"):
+    with pytest.raises(EvaluationError, match="no samples are there; launch"):
         evaluate(Order(samples=f"file://{tmp_path}/nowhere", data=sets[1], metrics=PIXEL))
 
 
@@ -279,6 +279,9 @@ def test_references_that_do_not_fit(sets: tuple[str, str], tmp_path: Path) -> No
         np.savez(buffer, **arrays)
         storage.publish(f"file://{tmp_path}/{name}.npz", buffer.getvalue())
         cases[f"file://{tmp_path}/{name}.npz"] = message
+    storage.publish(f"file://{tmp_path}/text.npz", b"hello")
+    cases[f"file://{tmp_path}/text.npz"] = "text.npz: not an .npz file; give one with mu and sigma"
+    cases[f"file://{tmp_path}/none.npz"] = "--reference .*none.npz: not found"
     for url, message in cases.items():
         with pytest.raises(EvaluationError, match=message):
             evaluate(Order(samples=large, reference=url, metrics=PIXEL))
@@ -341,6 +344,16 @@ def test_follows_a_run_evaluating_each_snapshot_once(
     assert curve == {}
     assert len([name for name in storage.list_names(f"{run}/tensorboard/evaluation") if "tfevents" in name]) == 3
     assert b"Fr\xc3\xa9chet pixel" in storage.read(f"{folder}/report.html")
+
+
+@pytest.mark.parametrize(("metric", "best"), [("frechet_pixel", 10), ("precision_pixel", 20), ("is_inception", 20)])
+def test_the_best_is_the_smallest_distance_or_the_largest_precision(tmp_path: Path, metric: str, best: int) -> None:
+    folder = f"file://{tmp_path}/evaluation"
+    for step, value in ((10, 0.25), (20, 0.75), (30, 0.5)):
+        found = {"name": f"{step}", "step": step, "snapshot": f"file:///{step}", "metrics": {metric: value}}
+        result.publish(folder, found)
+    assert following.mark_best(folder) == json.loads(storage.read(f"{folder}/best.json"))
+    assert json.loads(storage.read(f"{folder}/best.json"))["step"] == best
 
 
 def test_follows_at_the_wanted_interval(sets: tuple[str, str], tmp_path: Path) -> None:
