@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 480, 240
-LEFT, RIGHT, TOP, BOTTOM = 56, 8, 8, 24
+LEFT, RIGHT, TOP, BOTTOM = 72, 8, 10, 26
 COLOURS = 5
 MAX_POINTS = 400
 
@@ -46,7 +46,7 @@ def line_chart(title: str, series: Sequence[Series], log: bool = False) -> str:
         parts.append(f"<text x='{LEFT - 6}' y='{y + 4:.1f}' text-anchor='end'>{_number(value)}</text>")
     for x, anchor in ((x_low, "start"), (x_high, "end")):
         at = place(x, 10**y_low if log else y_low)[0]
-        parts.append(f"<text x='{at:.1f}' y='{HEIGHT - 6}' text-anchor='{anchor}'>{_number(x)}</text>")
+        parts.append(f"<text x='{at:.1f}' y='{HEIGHT - 6}' text-anchor='{anchor}'>step {_number(x)}</text>")
     for number, s in enumerate(finite):
         points = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in _thin(s.points))
         parts.append(f"<polyline class='line' style='stroke:var(--s{number % COLOURS})' points='{points}'/>")
@@ -74,7 +74,7 @@ def _ticks(low: float, high: float) -> list[float]:
     """About 4 round numbers between the limits."""
     raw = (high - low) / 4
     unit = 10 ** math.floor(math.log10(raw))
-    step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= raw)
+    step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= raw)
     first = math.ceil(low / step)
     return [round(k * step, 12) for k in range(first, math.floor(high / step) + 1)]
 
@@ -91,4 +91,4 @@ def _thin(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]
 def _number(value: float) -> str:
     if value and (abs(value) >= 1e6 or abs(value) < 1e-3):
         return f"{value:.0e}".replace("e+0", "e").replace("e-0", "e-")
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"

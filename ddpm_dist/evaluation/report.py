@@ -14,8 +14,10 @@ from ddpm_dist import storage
 from ddpm_dist.config import Config
 from ddpm_dist.errors import NotFoundError
 from ddpm_dist.evaluation.chart import Series, line_chart
+from ddpm_dist.evaluation.metrics import LARGER_IS_BETTER
 from ddpm_dist.evaluation.result import results
 from ddpm_dist.recipe import dump_config
+from ddpm_dist.sampling.progress import clock
 from ddpm_dist.training.metrics import Events, read_events
 from ddpm_dist.training.run_folder import read_summary
 
@@ -74,27 +76,31 @@ def _metrics(found: Sequence[dict[str, Any]]) -> str:
     if not found:
         return "<p>Nothing has been evaluated yet.</p>"
     names = list(dict.fromkeys(n for r in found for n in r["metrics"] if not n.endswith(_BESIDE)))
-    best = {name: min((r["metrics"][name] for r in found if name in r["metrics"]), default=None) for name in names}
+    best = {name: _best(name, [r["metrics"][name] for r in found if name in r["metrics"]]) for name in names}
     head = "".join(f"<th>{_text(_title(name))}</th>" for name in names)
     rows = []
     for result in found:
         cells = "".join(_cell(result["metrics"], name, best[name]) for name in names)
         against = result["reference"].get("num_samples")
         numbers = f"{result['num_samples']:,}" + (f" / {against:,}" if against else "")
-        rows.append(f"<tr><td>{_step(result)}</td><td>{numbers}</td>{cells}</tr>")
+        rows.append(f"<tr><td>{_step(result)}</td><td class='whole'>{numbers}</td>{cells}</tr>")
     return (
         "<div class='scroll'><table><thead><tr><th>step</th><th>samples / reference</th>"
         f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
         "<p class='note'>Small: the same between two halves of the reference (real against real). A distance at its "
-        "floor can't be told from the data at that number of images. Bold: the smallest of its column.</p>"
+        "floor can't be told from the data at that number of images. Bold: the best of its column.</p>"
     )
 
 
-def _cell(values: dict[str, float], name: str, best: float | None) -> str:
+def _best(name: str, values: Sequence[float]) -> float:
+    return max(values) if name.startswith(LARGER_IS_BETTER) else min(values)
+
+
+def _cell(values: dict[str, float], name: str, best: float) -> str:
     if name not in values:
         return "<td>–</td>"
     shown = f"{values[name]:.4g}"
-    if values[name] == best and not name.startswith(("is_", "precision", "recall", "density", "coverage")):
+    if values[name] == best:
         shown = f"<b>{shown}</b>"
     if f"{name}_floor" in values:
         shown += f"<small>real {values[f'{name}_floor']:.4g}</small>"
@@ -156,24 +162,14 @@ def _nearest(found: Sequence[dict[str, Any]]) -> str:
 
 
 def _runs(found: Sequence[dict[str, Any]], summary: dict[str, Any] | None) -> str:
-    rows = []
-    for result in found:
-        sampling, reference = result["sampling"] or {}, result["reference"]
-        resizes = "; ".join(f"{name}: {network['resize']}" for name, network in result["networks"].items())
-        rows.append(
-            f"<tr><td>{_step(result)}</td><td>{_text(result['weights'])}</td>"
-            f"<td>{_text(sampling.get('sampler', '–'))}, {_text(sampling.get('steps') or 'all')} steps, "
-            f"{_text(sampling.get('precision', ''))}, seed {_text(result['seed'])}</td>"
-            f"<td>{_text(reference.get('data') or reference.get('statistics'))}</td>"
-            f"<td>{_text(resizes)}</td>"
-            f"<td>{result['seconds']:.0f} s</td><td>torch {_text(result['versions']['torch'])}</td></tr>"
-        )
+    """One row per result: what was drawn, where, and how long it took; what they share stands below."""
     table = ""
-    if rows:
+    if found:
+        head = "".join(f"<th>{name}</th>" for name in ("step", "weights", "sampler", "where", "time", "software"))
+        rows = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in _run_cells(r))}</tr>" for r in found)
         table = (
-            "<div class='scroll'><table class='left'><thead><tr><th>step</th><th>weights</th><th>sampler</th>"
-            "<th>reference</th><th>resize</th><th>evaluation</th><th>software</th></tr></thead>"
-            f"<tbody>{''.join(rows)}</tbody></table></div>"
+            f"<div class='scroll'><table class='left'><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+            f"<p class='note'>{'<br>'.join(map(_text, _compared_with(found)))}</p>"
         )
     if summary:
         table += (
@@ -181,6 +177,27 @@ def _runs(found: Sequence[dict[str, Any]], summary: dict[str, Any] | None) -> st
             f"{_text(json.dumps(summary, indent=2))}</pre></details>"
         )
     return table
+
+
+def _run_cells(result: dict[str, Any]) -> tuple[object, ...]:
+    sampling, place = result["sampling"], result.get("sampled_on")
+    drawn, where = "unknown", "unknown"
+    if sampling:
+        drawn = f"{sampling['sampler']}, {sampling['steps'] or 'all'} steps, {sampling['precision']}"
+        drawn += f", seed {result['seed']}"
+    if place:
+        where = f"{result['workers']} × {place['device']}, threads: {place['threads']}"
+    time = f"{clock(result['seconds'])} evaluation"
+    if result.get("sampling_seconds") is not None:
+        time = f"{clock(result['sampling_seconds'])} sampling, {time}"
+    return _step(result), result["weights"] or "unknown", drawn, where, time, f"torch {result['versions']['torch']}"
+
+
+def _compared_with(found: Sequence[dict[str, Any]]) -> list[str]:
+    """References and resizes, each once."""
+    against = [r["reference"].get("data") or r["reference"].get("statistics") for r in found]
+    resizes = [f"Resize of {name}: {network['resize']}." for r in found for name, network in r["networks"].items()]
+    return list(dict.fromkeys([*(f"Compared with {url}." for url in against), *resizes]))
 
 
 def _gallery(pictures: Iterable[tuple[str, bytes]], caption: str, style: str = "") -> str:
@@ -211,7 +228,13 @@ def _step(result: dict[str, Any]) -> str:
 
 
 def _title(name: str) -> str:
-    return name.replace("_", " ").replace("frechet", "Fréchet").replace("fid", "FID").replace("prdc", "")
+    return (
+        name.replace("_", " ")
+        .replace("frechet", "Fréchet")
+        .replace("fid", "FID")
+        .replace("kid", "KID")
+        .replace("is ", "IS ")
+    )
 
 
 def _text(value: object) -> str:
@@ -233,8 +256,8 @@ dt{color:var(--dim);font-size:.8rem}dd{margin:0;overflow-wrap:anywhere}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}
 th,td{padding:6px 12px 6px 0;text-align:right;border-bottom:1px solid var(--line);vertical-align:top}
 th{font-size:.8rem;font-weight:500;color:var(--dim)}th:first-child,td:first-child{text-align:left}
-.left th,.left td{text-align:left;font-size:.85rem;min-width:6em}
-td small{display:block;color:var(--dim);white-space:nowrap}
+.left th,.left td{text-align:left;font-size:.85rem}
+.whole{white-space:nowrap}td small{display:block;color:var(--dim);white-space:nowrap}
 .note{color:var(--dim);font-size:.85rem;max-width:70ch}
 .warn{color:var(--warn);padding-left:1.2em;margin:0;max-width:80ch}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,480px),1fr));gap:24px}
@@ -244,8 +267,10 @@ figure{margin:0}img{width:100%;image-rendering:pixelated;display:block}
 figcaption{color:var(--dim);font-size:.8rem;padding-top:4px}
 svg{width:100%;height:auto;display:block}svg text{fill:var(--dim);font-size:12px}
 svg .grid{stroke:var(--line);stroke-width:1}svg .line{fill:none;stroke-width:2;stroke-linejoin:round}
+@media(max-width:520px){svg text{font-size:16px}}
 .legend{display:flex;flex-wrap:wrap;gap:4px 16px;font-size:.8rem;color:var(--dim);padding:4px 0 0}
 .legend i{display:inline-block;width:12px;height:3px;margin-right:6px;vertical-align:middle}
 h3{font-size:.95rem;font-weight:500;margin:0 0 4px}
+details{margin-top:12px}
 details summary{cursor:pointer;color:var(--dim)}pre{background:var(--soft);padding:12px;overflow-x:auto;font-size:.8rem}
 """

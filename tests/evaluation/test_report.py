@@ -46,10 +46,13 @@ def result(step: int, value: float, **changes: Any) -> dict[str, Any]:
         "sampling": {"sampler": "ddim", "steps": 50, "precision": "bf16"},
         "reference": {"data": "memory://digits", "num_samples": 1797},
         "networks": {"lite0": {"resize": "antialiased bilinear"}},
+        "sampled_on": {"device": "cpu AVX2", "threads": 1, "torch": "2.13.0"},
+        "workers": 2,
         "versions": {"torch": "2.13.0"},
         "metrics": {"frechet_lite0": value, "frechet_lite0_floor": 91.5},
         "warnings": ["500 samples are few"],
         "seconds": 12.0,
+        "sampling_seconds": 75.0,
         "grid": grid,
         **changes,
     }
@@ -58,7 +61,7 @@ def result(step: int, value: float, **changes: Any) -> dict[str, Any]:
 class Page(HTMLParser):
     """Checks that tags nest, and collects what a browser would load."""
 
-    VOID = ("meta", "link", "img")
+    VOID = ("meta", "link", "img", "br")
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -87,8 +90,18 @@ def test_shows_metrics_floors_warnings_and_grids() -> None:
     parsed = Page(page)
     assert parsed.open == []
     text = " ".join(parsed.text)
-    for shown in ("250.2", "120.5", "130.8", "91.5", "500 samples are few", "antialiased bilinear", "0.97"):
+    for shown in (
+        "250.2",
+        "120.5",
+        "130.8",
+        "91.5",
+        "500 samples are few",
+        "antialiased bilinear",
+        "0.97",
+        "2 × cpu AVX2",
+    ):
         assert shown in text
+    assert "1:15 sampling, 0:12 evaluation" in text
     assert "<b>120.5</b>" in page
     assert page.count("<svg") == 2
     assert sum(source.startswith("data:image/png") for source in parsed.sources) == 3
@@ -107,6 +120,17 @@ def test_without_evaluations_it_shows_the_training() -> None:
     empty = render(config(), [], Events({}, {}), None)
     assert "<svg" not in empty
     Page(empty)
+
+
+def test_of_scores_the_largest_is_the_best() -> None:
+    found = [result(step, 1.0, metrics={"precision_lite0": value}) for step, value in ((1, 0.25), (2, 0.75), (3, 0.5))]
+    assert re.findall("<b>(.*?)</b>", render(config(), found, EVENTS, None)) == ["0.75"]
+
+
+def test_samples_of_unknown_origin() -> None:
+    unknown = dict.fromkeys(("step", "weights", "seed", "sampling", "sampled_on", "sampling_seconds"))
+    page = render(config(), [{**result(100, 1.0), **unknown}], EVENTS, None)
+    assert "<td>unknown</td><td>unknown</td><td>unknown</td><td>0:12 evaluation</td>" in page
 
 
 def test_names_are_escaped() -> None:
