@@ -360,6 +360,8 @@ def _check_train(cfg: Config) -> None:
         raise ValueError(f"data.streams: {cfg.streams} doesn't divide train.global_batch: {batch}")
     if t.lr_schedule == "cosine" and t.decay_steps is None:
         raise ValueError("train.decay_steps: needed with train.lr_schedule: cosine")
+    if t.lr_schedule != "cosine" and t.decay_steps is not None:
+        raise ValueError(f"train.decay_steps: train.lr_schedule: {t.lr_schedule} doesn't use it; leave it out")
     if t.decay_steps is not None and t.decay_steps <= t.warmup_steps:
         raise ValueError(f"train.decay_steps: {t.decay_steps} lies within train.warmup_steps: {t.warmup_steps}")
     for name, span in (("logging.profile_steps", cfg.logging.profile_steps),
@@ -368,6 +370,10 @@ def _check_train(cfg: Config) -> None:
             raise ValueError(f"{name}: {list(span)} is not [first, last]")
     if (cfg.ema.decay is None) == (cfg.ema.halflife_Mimg is None):
         raise ValueError("ema: give one of ema.decay and ema.halflife_Mimg, and null for the other")
+    if len({f"{std:.3f}" for std in cfg.ema.power}) < len(cfg.ema.power):
+        raise ValueError(f"ema.power: {list(cfg.ema.power)} are too near to one another; widths are told by 3 decimals")
+    if cfg.zero.offload_optimizer and cfg.zero.stage == 0:
+        raise ValueError("zero.offload_optimizer: has nothing to move at zero.stage: 0; use zero.stage: 1, 2 or 3")
     if cfg.precision == "bf16" and cfg.zero.stage == 0:
         raise ValueError("zero.stage: 0 works in fp32 only; use zero.stage: 1 for bf16 and fp16")
     if cfg.precision == "fp16" and (cfg.zero.stage == 0 or not cfg.cluster.gpus_per_worker):

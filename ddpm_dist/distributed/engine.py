@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 import os
+import shutil
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -175,13 +176,16 @@ _SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def check(cfg: Config, world: World) -> None:
-    """Raises ConfigError for a combination that this machine or DeepSpeed can't do."""
+    """Raises ConfigError for what this machine can't do."""
     if cfg.precision == "fp16" and world.device.type != "cuda":
         raise ConfigError("precision: fp16 needs CUDA, and there is none here; use bf16")
-    if cfg.zero.stage == 0 and cfg.precision != "fp32":
-        raise ConfigError(f"zero.stage: 0 works in fp32 only, not in {cfg.precision}; use zero.stage: 1")
-    if cfg.zero.offload_optimizer and cfg.zero.stage == 0:
-        raise ConfigError("zero.offload_optimizer: needs zero.stage 1-3")
+    if cfg.model.compile and world.device.type == "cpu":
+        compiler = os.environ.get("CXX", "g++")  # as torch looks for it
+        if shutil.which(compiler) is None:
+            raise ConfigError(
+                f"model.compile: torch.compile needs a C++ compiler, and {compiler} is not on this node; install it on "
+                "every node, or set model.compile=false"
+            )
 
 
 def deepspeed_settings(cfg: Config, world: World, micro_batch: int, accumulation: int, numel: int) -> dict[str, Any]:
