@@ -39,17 +39,14 @@ class Watchdog:
         """Seconds that the step under way may take."""
         if self._first:
             return STARTUP_FACTOR * self._floor_s
-        return max(self._floor_s, STEP_FACTOR * median(self._steps_s))
+        return max(self._floor_s, STEP_FACTOR * median(self._steps_s or [0.0]))
 
     def beat(self) -> None:
         """A step is done."""
         now = time.monotonic()
-        if self._first:
-            self._first = False
-            self._steps_s.append(0.0)
-        else:
+        if not self._first:
             self._steps_s.append(now - self._last)
-        self._last = now
+        self._first, self._last = False, now
 
     def stop(self) -> None:
         self._ended.set()

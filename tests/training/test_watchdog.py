@@ -3,7 +3,10 @@
 import subprocess
 import sys
 
-from ddpm_dist.training.watchdog import EXIT_HANG
+import pytest
+
+from ddpm_dist.training import watchdog
+from ddpm_dist.training.watchdog import EXIT_HANG, STARTUP_FACTOR, STEP_FACTOR, Watchdog
 
 HANGS = """
 import time
@@ -47,3 +50,22 @@ def test_a_hang_in_the_first_step_ends_it_too() -> None:
 def test_steps_keep_it_alive_and_stop_ends_the_watch() -> None:
     done = run(GOES_ON)
     assert (done.returncode, done.stdout) == (0, "alive\n")
+
+
+def test_the_limit_follows_the_steps_but_for_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now)
+    dog = Watchdog(floor_s=100.0)
+    dog.stop()
+    assert dog.limit_s == STARTUP_FACTOR * 100, "it compiles"
+    now = 450.0
+    dog.beat()
+    assert dog.limit_s == 100, "what the first step took says nothing of the next"
+    for seconds in (2.0, 3.0, 2.0):
+        now += seconds
+        dog.beat()
+    assert dog.limit_s == 100, "the floor"
+    for _ in range(4):
+        now += 60.0
+        dog.beat()
+    assert dog.limit_s == STEP_FACTOR * 60
