@@ -26,7 +26,7 @@ from ddpm_dist.evaluation.metrics import LARGER_IS_BETTER
 from ddpm_dist.evaluation.order import Order, check_metrics
 from ddpm_dist.evaluation.report import write_report
 from ddpm_dist.evaluation.result import results
-from ddpm_dist.training.metrics import EventLog
+from ddpm_dist.training.metrics import EVENTS, EventLog
 from ddpm_dist.training.run_folder import snapshot_url
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ def follow(cfg: Config, order: Order, workers: tuple[int, int], poll_s: float = 
     order: what to compare with and how; its snapshot and folder are set for each snapshot.
     """
     folder = storage.join(cfg.run.url, "evaluation")
+    show(cfg, folder, order)  # an earlier follower may have been killed between a result and its curves
     done = 0
     while True:
         pending = pending_steps(cfg, folder, order)
@@ -90,6 +91,23 @@ def answers(result: Mapping[str, Any], order: Order) -> bool:
     return bool(asked["metrics"] == list(order.metrics) and asked["num_samples"] == order.num_samples)
 
 
+def show(cfg: Config, folder: str, order: Order) -> None:
+    """Curves, best.json and the report of all results that there are; each point is drawn once."""
+    drawn = storage.list_names(storage.join(cfg.run.url, EVENTS, "evaluation"))
+    found = [result for result in results(folder) if answers(result, order) and result["step"] is not None]
+    for result in found:
+        number = int(result["name"][-8:], 16)  # of its question: the file's name tells that its points are drawn
+        if not any(name.endswith(f".a{number}.0") for name in drawn):
+            events = EventLog(cfg.run.url, attempt=number, start_step=None, name="evaluation")
+            values = {f"evaluation/{name}": value for name, value in result["metrics"].items()}
+            events.scalars(values, result["step"])
+            events.close()
+    best = mark_best(folder)
+    if best is not None:
+        log.info("best so far: %s = %.4f at step %s", best["metric"], best["value"], best["step"])
+        write_report(cfg)
+
+
 def mark_best(folder: str) -> dict[str, Any] | None:
     """Writes best.json: the snapshot with the best value of the results' first metric."""
     rated = [(next(iter(r["metrics"].items())), r) for r in results(folder) if r["metrics"] and r["snapshot"]]
@@ -115,12 +133,6 @@ def _evaluate_one(cfg: Config, order: Order, folder: str, step: int, workers: tu
         return False
     if result["step"] != step:
         raise EvaluationError(f"{storage.redact(url)}: its info says step {result['step']}; was it renamed?")
-    events = EventLog(cfg.run.url, attempt=0, start_step=None, name="evaluation")
-    events.scalars({f"evaluation/{name}": value for name, value in result["metrics"].items()}, step)
-    events.close()
     storage.delete_tree(storage.join(folder, "unkept"))  # of an evaluation that was killed at its end
-    best = mark_best(folder)
-    if best is not None:
-        log.info("best so far: %s = %.4f at step %s", best["metric"], best["value"], best["step"])
-    write_report(cfg)
+    show(cfg, folder, order)
     return True

@@ -334,8 +334,12 @@ def test_follows_a_run_evaluating_each_snapshot_once(
         following.follow(cfg, order, (1, 2), poll_s=0.01)
     assert following.follow(cfg, order, (1, 2), poll_s=0.01) == 2
     assert evaluated == [10, 20, 20, 30]
-    assert following.follow(cfg, order, (1, 2), poll_s=0.01) == 0
     folder = f"{run}/evaluation"
+    drawn = storage.list_names(f"{run}/tensorboard/evaluation")
+    assert len([name for name in drawn if "tfevents" in name]) == 3
+    for name in (f"{folder}/best.json", f"{folder}/report.html", f"{run}/tensorboard/evaluation/{drawn[-1]}"):
+        storage.delete(name)  # as if it had been killed right after its last result
+    assert following.follow(cfg, order, (1, 2), poll_s=0.01) == 0
     found = result.results(folder)
     assert [one["step"] for one in found] == [10, 20, 30]
     best = min(found, key=lambda one: one["metrics"]["frechet_pixel"])
