@@ -129,9 +129,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for name in COMMANDS:
         command = commands.add_parser(name)
-        command.add_argument("url", help="a run's folder" if name == "list" else "a state, or a run's folder")
+        what = "a run's folder" if name == "list" else "a state, or a run's folder"
+        command.add_argument("url", type=cli.url, help=what)
         if name == "compare":
-            command.add_argument("other")
+            command.add_argument("other", type=cli.url, help=what)
         if name == "extract":
             command.add_argument("out", help="file to write")
             command.add_argument("--kind", default="ema", help="weights, exp_avg, exp_avg_sq, ema (default), power-…")

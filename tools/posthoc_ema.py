@@ -88,10 +88,12 @@ def reconstruct(stored: dict[Profile, str], wanted: Profile, out_url: str) -> fl
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="URL of the run's folder")
+    parser.add_argument("run", type=cli.url, help="URL of the run's folder")
     parser.add_argument("std", type=float, help="relative width of the wanted average, such as 0.08")
-    parser.add_argument("out", help="URL of the snapshot to write")
-    parser.add_argument("--step", type=int, help="step at which the average ends; the last stored one by default")
+    parser.add_argument("out", type=cli.url, help="URL of the snapshot to write")
+    parser.add_argument(
+        "--step", type=cli.positive, help="step at which the average ends; the last stored one by default"
+    )
     return parser
 
 

@@ -89,6 +89,9 @@ def test_an_average_may_end_earlier_but_not_later_than_what_is_stored(
         main([run[0], "0.1", out, "--step", "400"])
     with pytest.raises(ConfigError, match=r"std: 0\.5"):
         main([run[0], "0.5", out])
+    for step in ("0", "-5"):
+        with pytest.raises(SystemExit):
+            main([run[0], "0.1", out, f"--step={step}"])
 
 
 def test_a_run_without_power_averages_is_told_how_to_get_them(tmp_path: Path) -> None:
