@@ -34,9 +34,10 @@ from tests.distributed import worker_group as group
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (
     "model.channels=16", "model.channel_mult=[1,2]", "model.num_res_blocks=1", "model.norm_groups=8",
-    "model.dropout=0.1", "data.flip=true", "train.global_batch=16", "train.max_micro_batch=4", "train.warmup_steps=3",
-    "logging.every_steps=5", "logging.grid_images=0", "checkpoint.every_steps=2",
-    "checkpoint.snapshot_every_steps=1000", "cluster.hang_seconds=60",
+    "model.attention_resolutions=[4]", "model.scale_shift=false", "model.dropout=0.1", "data.flip=true",
+    "train.global_batch=16", "train.max_micro_batch=4", "train.warmup_steps=3", "logging.every_steps=5",
+    "logging.grid_images=0", "checkpoint.every_steps=2", "checkpoint.snapshot_every_steps=1000",
+    "cluster.hang_seconds=60",
 )  # fmt: skip
 """digits.yaml made tiny: dropout, flips, and two micro-batches a step with two ranks."""
 

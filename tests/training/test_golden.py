@@ -24,6 +24,7 @@ COMMON = (
     f"train.steps={STEPS}",
     "run.seed=20260",
     "precision=fp32",
+    "train.lr=1e-3",
     "train.max_micro_batch=16",
     "train.warmup_steps=10",
 )
