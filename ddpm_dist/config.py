@@ -104,7 +104,9 @@ class ModelConfig(Section):
     checkpoint_levels: Free[tuple[Count, ...]] = ()
     """Levels whose activations are recomputed in the backward pass (0 is the full resolution)."""
     channels_last: Free[bool] = False
+    """Memory layout of the activations: for GPUs with tensor cores; on CPUs it is slower (NOTES.md, "The network")."""
     compile: Free[bool] = False
+    """torch.compile of the network in training. It costs the first step minutes: measure whether it pays."""
 
 
 class DiffusionConfig(Section):
@@ -131,6 +133,11 @@ class DiffusionConfig(Section):
     t_sampling: Literal["uniform", "stratified", "loss_second_moment"] = "uniform"
     label_dropout: Fraction = 0.0
     """Probability that a training sample's class is replaced by the null class (for guidance)."""
+
+    @property
+    def ends_in_noise(self) -> bool:
+        """Whether the last x_t holds no signal at all."""
+        return self.zero_terminal_snr or (self.betas is not None and self.betas[-1] == 1)
 
 
 class TrainConfig(Section):
@@ -259,7 +266,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> "Config":
-        for check in (_check_model, _check_diffusion, _check_train, _check_cluster):
+        for check in (_check_model, _check_diffusion, _check_sampling, _check_train, _check_cluster):
             check(self)
         return self
 
@@ -323,6 +330,10 @@ def _check_diffusion(cfg: Config) -> None:
         raise ValueError("diffusion.betas: needed with diffusion.schedule: given, and with nothing else")
     if d.betas is not None and len(d.betas) != d.timesteps:
         raise ValueError(f"diffusion.betas: {len(d.betas)} values for {d.timesteps} diffusion.timesteps")
+    if d.betas is not None and 1 in d.betas[:-1]:
+        raise ValueError(
+            f"diffusion.betas: beta[{d.betas.index(1)}] is 1, after which no image is left; only the last may"
+        )
     if d.variance in ("learned", "learned_range") and d.loss == "simple":
         raise ValueError(
             f"diffusion.loss: simple gives diffusion.variance: {d.variance} no gradient; use hybrid or vlb"
@@ -334,24 +345,44 @@ def _check_diffusion(cfg: Config) -> None:
         )
     if d.weighting != "none" and d.loss == "vlb":
         raise ValueError(f"diffusion.weighting: {d.weighting} weighs the squared error, which loss: vlb doesn't have")
-    if d.weighting != "none" and d.zero_terminal_snr:
+    if d.weighting != "none" and d.ends_in_noise:
         raise ValueError(
-            f"diffusion.weighting: {d.weighting} gives the last t, whose SNR is 0 by diffusion.zero_terminal_snr, "
-            "no weight; use weighting: none"
-        )
-    if d.zero_terminal_snr and cfg.sampling.steps and cfg.sampling.spacing == "quadratic":
-        raise ValueError(
-            "sampling.spacing: quadratic doesn't start at the last t, as diffusion.zero_terminal_snr needs; "
-            "use uniform, trailing or log_snr"
-        )
-    if cfg.sampling.steps and cfg.sampling.steps > d.timesteps:
-        raise ValueError(
-            f"sampling.steps: {cfg.sampling.steps} can't be taken out of {d.timesteps} diffusion.timesteps"
+            f"diffusion.weighting: {d.weighting} gives the last t, whose SNR is 0 (zero_terminal_snr, or a last beta "
+            "of 1), no weight; use weighting: none"
         )
     if d.label_dropout and not cfg.model.num_classes:
         raise ValueError("diffusion.label_dropout: needs model.num_classes")
-    if d.zero_terminal_snr and d.prediction == "eps":
-        raise ValueError("diffusion.zero_terminal_snr: eps says nothing about x_start at the last t; use v or x_start")
+    if d.ends_in_noise and d.prediction == "eps":
+        raise ValueError(
+            "diffusion.prediction: eps says nothing about x_start at the last t, whose SNR is 0 (zero_terminal_snr, or "
+            "a last beta of 1); use v or x_start"
+        )
+    if d.zero_terminal_snr and d.timesteps == 1:
+        raise ValueError("diffusion.zero_terminal_snr: needs at least 2 diffusion.timesteps")
+
+
+def _check_sampling(cfg: Config) -> None:
+    d, sampling = cfg.diffusion, cfg.sampling
+    if sampling.steps and sampling.steps > d.timesteps:
+        raise ValueError(
+            f"sampling.steps: {sampling.steps} can't be taken out of {d.timesteps} diffusion.timesteps; "
+            f"use 1 to {d.timesteps}"
+        )
+    if sampling.eta is not None and sampling.sampler != "ddim":
+        raise ValueError(
+            f"sampling.eta: {sampling.eta} has no meaning for sampling.sampler: {sampling.sampler}; only ddim has eta, "
+            "leave it out"
+        )
+    if d.ends_in_noise and sampling.steps and sampling.spacing == "quadratic":
+        raise ValueError(
+            "sampling.spacing: quadratic doesn't start at the last t, as a process needs whose last SNR is 0 "
+            "(zero_terminal_snr, or a last beta of 1); use uniform, trailing or log_snr"
+        )
+    if d.variance == "learned" and sampling.sampler == "ddpm" and (sampling.steps or d.timesteps) < d.timesteps:
+        raise ValueError(
+            f"sampling.steps: {sampling.steps}; diffusion.variance: learned is that of single steps, not of longer "
+            "ones; use all steps, another sampler, or learned_range"
+        )
 
 
 def _check_train(cfg: Config) -> None:

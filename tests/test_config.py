@@ -23,6 +23,10 @@ def make(*overrides: str) -> Config:
     return parse_config(BASE, overrides)
 
 
+def given(betas: str) -> list[str]:
+    return ["diffusion.schedule=given", "diffusion.timesteps=2", f"diffusion.betas={betas}", "sampling.steps=2"]
+
+
 def recipe_named(name: str) -> Config:
     return load_config(next(path for path in RECIPES if path.stem == name), URLS)
 
@@ -84,7 +88,26 @@ def test_the_papers_training_of_cifar10() -> None:
         (["diffusion.loss=hybrid"], r"fixedlarge is fixed"),
         (["diffusion.label_dropout=0.1"], r"diffusion.label_dropout: needs model.num_classes"),
         (["diffusion.zero_terminal_snr=true"], r"use v or x_start"),
-        (["sampling.steps=1001"], r"1001 can't be taken out of 1000"),
+        (given("[0.1, 1]"), r"diffusion.prediction: eps says nothing .* a last beta of 1"),
+        (given("[1.0, 0.5]"), r"diffusion.betas: beta\[0\] is 1"),
+        (given("[0.1, 1.5]"), r"diffusion.betas.1: 1.5"),
+        (
+            [*given("[0.1, 1]"), "diffusion.prediction=v", "diffusion.weighting=min_snr"],
+            r"weighting: min_snr gives the last t",
+        ),
+        ([*given("[0.1, 1]"), "diffusion.prediction=v", "sampling.spacing=quadratic"], r"quadratic doesn't start at"),
+        (["diffusion.schedule=cosin"], r"diffusion.schedule: 'cosin': Input should be 'linear'"),
+        (
+            ["diffusion.zero_terminal_snr=true", "diffusion.prediction=v", "diffusion.timesteps=1", "sampling.steps=1"],
+            r"zero_terminal_snr: needs at least 2",
+        ),
+        (["sampling.steps=1001"], r"1001 can't be taken out of 1000 diffusion.timesteps; use 1 to 1000"),
+        (["sampling.sampler=heun", "sampling.eta=0.5"], r"eta: 0.5 has no meaning for sampling.sampler: heun"),
+        (["sampling.sampler=ddpm", "sampling.eta=0"], r"only ddim has eta"),
+        (
+            ["diffusion.variance=learned", "diffusion.loss=vlb", "sampling.sampler=ddpm", "sampling.steps=10"],
+            r"learned is that of single steps",
+        ),
         (["data.streams=7"], r"data.streams: 7 doesn't divide train.global_batch: 96"),
         (["train.lr_schedule=cosine"], r"train.decay_steps: needed with"),
         (["ema.decay=null"], r"give one of ema.decay and ema.halflife_Mimg"),
@@ -128,7 +151,7 @@ def test_every_key_is_documented_or_plain() -> None:
         "timesteps", "beta_start", "beta_end", "channel_mult", "num_res_blocks", "norm_groups", "norm_eps", "dropout",
         "optimizer", "lr", "betas", "eps", "weight_decay", "lr_schedule", "prediction", "variance", "loss", "weighting",
         "min_snr_gamma", "p2_gamma", "p2_k", "t_sampling", "sampler", "spacing", "precision", "stage", "every_steps",
-        "keep_last", "metrics", "num_samples", "channels", "channels_last", "compile", "cache_bytes", "format",
+        "keep_last", "metrics", "num_samples", "channels", "cache_bytes", "format",
         "cpus_per_worker", "gpus_per_worker", "dynamic_quantile", "schedule", "zero_terminal_snr",
     }  # fmt: skip
     undocumented = {

@@ -155,10 +155,12 @@ def print_if_asked(args: argparse.Namespace, cfg: Config) -> None:
 
 def _minimal(url: str, info: dict[str, Any]) -> dict[str, Any]:
     """For a snapshot of another program: nothing is known of its training, and sampling's defaults hold."""
+    diffusion = snapshot.diffusion_in(url)
     return {
         "run": {"url": url},
         "data": {"url": url, "image_size": info["image_size"], "channels": info["channels"]},
         "model": {"channel_mult": [1], "attention_resolutions": []},
+        "diffusion": {"timesteps": diffusion.timesteps},
         "train": {"steps": 1, "global_batch": 1},
     }
 

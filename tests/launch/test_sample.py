@@ -53,6 +53,18 @@ def test_the_snapshot_tells_its_own_settings(url: str) -> None:
     assert changed[0].sampling == SETTINGS.model_copy(update={"steps": 2, "eta": 1.0})
 
 
+def test_a_folder_of_diffusers_has_its_own_number_of_times(url: str, tmp_path: Path) -> None:
+    """More than our default of 1,000 can be asked for if it has them, and no more than it has."""
+    (tmp_path / "snapshots/000000010/ddpm_dist.json").unlink()
+    scheduler = tmp_path / "snapshots/000000010/scheduler/scheduler_config.json"
+    few = json.loads(scheduler.read_text())["num_train_timesteps"]
+    with pytest.raises(ConfigError, match=rf"steps: {few + 1} can't be taken out of {few} "):
+        orders("--snapshot", url, "--out", "memory://o", f"sampling.steps={few + 1}")
+    more = {"num_train_timesteps": 4000, "trained_betas": None, "beta_start": 1e-5, "beta_end": 5e-3}
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | more))
+    assert orders("--snapshot", url, "--out", "memory://o", "sampling.steps=2000")[0].sampling.steps == 2000
+
+
 def test_a_recipe_tells_snapshot_folder_and_number(recipe: str, tmp_path: Path) -> None:
     order = orders("--config", recipe)[0]
     assert order.snapshot == f"file://{tmp_path}/snapshots/000000010"
