@@ -19,7 +19,7 @@ from tools.processes import start_family
 from tools.s3_server import S3Server
 
 ROOT = Path(__file__).resolve().parents[1]
-START_S = 60.0
+START_S = 180.0
 
 # One token for all clusters and clients of these tests: a file in the home directory may change under them.
 os.environ["RAY_AUTH_MODE"] = "token"

@@ -31,7 +31,7 @@ from ddpm_dist.training.run_folder import snapshot_url
 from tests.ray_local import RayCluster
 from tests.sampling.tiny import SETTINGS, make_order, make_snapshot
 
-CLUSTER = ClusterConfig(wait_seconds=60)
+CLUSTER = ClusterConfig(wait_seconds=240)
 PIXEL = ("frechet_pixel",)
 
 

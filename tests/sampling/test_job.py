@@ -1,12 +1,14 @@
 """Sampling jobs on a real Ray cluster and a real S3 server: the same bytes however they are spread and broken."""
 
 import io
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +19,16 @@ from ddpm_dist import snapshot, storage
 from ddpm_dist.config import ClusterConfig
 from ddpm_dist.data.index import load_index
 from ddpm_dist.data.stream import iterate
-from ddpm_dist.distributed.ray_pool import Done
+from ddpm_dist.distributed.ray_pool import ActorPool, Done
 from ddpm_dist.errors import ClusterError, ConfigError, DdpmDistError, NotFoundError, SamplingError, SnapshotError
 from ddpm_dist.sampling import job
 from ddpm_dist.sampling.plan import Unit
 from ddpm_dist.sampling.worker import SampleWorker
 from tests.ray_local import ROOT, RayCluster
-from tests.sampling.tiny import SETTINGS, contents, make_order, make_snapshot
+from tests.sampling.tiny import SETTINGS, CountingWorker, contents, make_order, make_snapshot
 from tools.s3_server import S3Server
 
-CLUSTER = ClusterConfig(wait_seconds=60)
+CLUSTER = ClusterConfig(wait_seconds=240)
 
 
 class InProcess:
@@ -168,6 +170,24 @@ def test_a_sweep_loads_each_snapshot_once_a_worker(tmp_path: Path) -> None:
     assert [result.made for result in results] == [512] * 6
     grids = {storage.read(result.grid) for result in results}
     assert len(grids) == 6
+
+
+@pytest.mark.full
+def test_two_workers_of_a_cluster_load_each_snapshot_of_a_sweep_once(ray_cluster: RayCluster, bucket_url: str) -> None:
+    urls = [make_snapshot(f"{bucket_url}/snapshot{seed}", seed=seed) for seed in (0, 1)]
+    settings = SETTINGS.model_copy(update={"unit_size": 64, "batch_size": 64})
+    orders = [
+        job.Order(url, f"{bucket_url}/{number}-{steps}", 512, sampling=settings.model_copy(update={"steps": steps}))
+        for number, url in enumerate(urls)
+        for steps in (1, 2, 3)
+    ]
+    with ActorPool(partial(CountingWorker, f"{bucket_url}/loads"), (2, 2), CLUSTER) as pool:
+        results = job.run(orders, (2, 2), CLUSTER, pool)
+    assert [result.made for result in results] == [512] * 6
+    loads = [json.loads(storage.read(f"{bucket_url}/loads/{pid}")) for pid in storage.list_names(f"{bucket_url}/loads")]
+    assert len(loads) == 2
+    assert all(told["loads"] == len(told["snapshots"]) for told in loads)
+    assert any(len(told["snapshots"]) == 2 for told in loads)
 
 
 def test_equal_seeds_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

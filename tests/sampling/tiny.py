@@ -1,13 +1,19 @@
 """A snapshot small enough to sample from in milliseconds, and what a folder of samples holds."""
 
 import hashlib
+import json
+import os
+import time
 
 import torch
+from torch import Tensor
 
 from ddpm_dist import snapshot, storage
 from ddpm_dist.config import SamplingConfig
 from ddpm_dist.recipe import dump_config, parse_config
 from ddpm_dist.sampling.job import Order
+from ddpm_dist.sampling.plan import Manifest, Unit
+from ddpm_dist.sampling.worker import SampleWorker
 
 SETTINGS = SamplingConfig(sampler="ddim", steps=4, unit_size=8, batch_size=4)
 
@@ -37,6 +43,24 @@ def make_snapshot(url: str, num_classes: int | None = None, seed: int = 0, kind:
 
 def make_order(snapshot_url: str, out: str, num_samples: int = 20, **values: object) -> Order:
     return Order(snapshot_url, out, num_samples, **{"sampling": SETTINGS, **values})  # type: ignore[arg-type]
+
+
+class CountingWorker(SampleWorker):
+    """Tells below a URL, under its process id, how often it has read a snapshot, and of which it made images."""
+
+    def __init__(self, told: str) -> None:
+        super().__init__(1, "cpu")
+        self._told = storage.join(told, str(os.getpid()))
+        self._snapshots: set[str] = set()
+
+    def images(self, manifest: Manifest, unit: Unit) -> tuple[Tensor, Tensor | None]:
+        if not self._snapshots:
+            time.sleep(2)  # so that the other worker comes to its share, too
+        made = super().images(manifest, unit)
+        self._snapshots.add(manifest.snapshot)
+        told = {"loads": self.loads, "snapshots": sorted(self._snapshots)}
+        storage.publish(self._told, json.dumps(told).encode())
+        return made
 
 
 def contents(out: str) -> dict[str, str]:
