@@ -35,9 +35,7 @@ from tools.s3_server import S3Server
 
 log = logging.getLogger(__name__)
 
-SETS: dict[
-    str, tuple[int, int, int, Any, str]
-] = {  # images, pixels, images a shard, encoder, extension, our shuffle block
+SETS: dict[str, tuple[int, int, int, Any, str]] = {  # images, pixels, images a shard, encoder, extension
     "png": (40_000, 32, 1000, encode_png, "png"),
     "jpeg": (8_000, 256, 125, lambda pixels: encode_jpeg(pixels, 90), "jpg"),
 }
@@ -88,13 +86,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="a tenth of the images, one round")
+    parser.add_argument("--rounds", type=cli.positive, default=3, help="(default: %(default)s)")
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--decoders", nargs="+", choices=("fair", "own"), default=["fair", "own"])
     parser.add_argument("--workers", nargs="+", type=int, default=[0, 2])
-    parser.add_argument("--folder", default="out/bench_data", help="data, caches, peers' environment")
+    parser.add_argument("--folder", default="out/bench_data", help="data, caches, peers (default: %(default)s)")
     parser.add_argument("--peer-python", metavar="FILE", help="interpreter with the peers; default: made in --folder")
     args = parser.parse_args(argv)
     if args.quick:

@@ -41,16 +41,20 @@ class Part:
 
 
 class LoadedBlock:
-    """A block in memory."""
+    """A block in memory: the samples that are still to be dealt.
+
+    The extents' bytes are let go, with the headers and the padding between images, and each sample as it is dealt: on
+    average a block takes half of what was read for it, or less.
+    """
 
     def __init__(self, block: Block, extents: Sequence[LoadedExtent], dealt: Sequence[int], nbytes: int) -> None:
         self.block, self.nbytes = block, nbytes
-        where = [(extent, i) for extent in extents for i in range(len(extent))]
-        self._where = [where[i] for i in dealt]
+        samples = [extent[i] for extent in extents for i in range(len(extent))]
+        self._samples = {place: samples[i] for place, i in enumerate(dealt)}
 
-    def dealt(self, first: int, last: int) -> list[Sample]:
-        """Its first-th to (last−1)-th dealt sample."""
-        return [extent[number] for extent, number in self._where[first:last]]
+    def deal(self, first: int, last: int) -> list[Sample]:
+        """Its first-th to (last−1)-th dealt sample, each once."""
+        return [self._samples.pop(place) for place in range(first, last)]
 
 
 class Window:
@@ -97,7 +101,7 @@ class Window:
             while position < stop:
                 loaded = self._block((d, stream), epoch, position)
                 end = min(stop, loaded.block.start + loaded.block.count)
-                yield from loaded.dealt(position - loaded.block.start, end - loaded.block.start)
+                yield from loaded.deal(position - loaded.block.start, end - loaded.block.start)
                 position = end
         self._fetch_until(step + self._ahead, step)  # last, so that nothing delays what is needed now
 

@@ -1,6 +1,7 @@
 """The loader over a real S3 server: elastic, resumable, bounded."""
 
 import itertools
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,10 @@ import pytest
 import torch
 
 from ddpm_dist import rng, storage
+from ddpm_dist.data.fetch import ShardReader
 from ddpm_dist.data.loader import Loader, open_sets
-from ddpm_dist.data.stream import iterate
+from ddpm_dist.data.order import Order
+from ddpm_dist.data.stream import LoadedBlock, iterate
 from ddpm_dist.errors import ConfigError, DataError, NotFoundError
 from tests.data.small_sets import config, global_batches, random_images, write_set
 from tests.faulty_proxy import FaultyProxy
@@ -169,6 +172,25 @@ def test_blocks_in_memory_stay_within_the_budget(tmp_path: Path, monkeypatch: py
 
     free = most_held(2**30)
     assert 3_450_000 < most_held(3_500_000) <= 3_500_000 < free
+
+
+def test_a_block_keeps_what_is_still_to_be_dealt_and_no_more(tmp_path: Path) -> None:
+    """Half of a shard's bytes are headers and padding, half of a block's samples are dealt half-way."""
+    index = write_set(f"file://{tmp_path}", [64], extension="npy")
+    reader, order = ShardReader(index), Order([[64]], seed=1, global_batch=8, streams=1, shuffle_block=64)
+    (block,) = itertools.islice(order.blocks(0, 8, 0), 1)
+    tracemalloc.start()
+    loaded = LoadedBlock(
+        block, [reader.load(extent) for extent in order.sets[0].extents(block)], order.sets[0].deal(block).tolist(), 0
+    )
+    whole = tracemalloc.get_traced_memory()[0]
+    first = [sample.key for sample in loaded.deal(0, 32)]
+    half = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(set(first)) == 32
+    assert half < 0.65 * whole < 0.65 * 0.6 * index.num_bytes
+    with pytest.raises(KeyError):
+        loaded.deal(31, 33)
 
 
 def test_iterate_gives_every_sample_once_in_order(bucket_url: str) -> None:
