@@ -96,7 +96,7 @@ class Bench:
 
     def __init__(self, snapshot_url: str, data_url: str, work: Path, images: int | None) -> None:
         self._network, self.diffusion = snapshot.load_snapshot(snapshot_url)
-        if snapshot.load_info(snapshot_url).get("null_label") is not None:
+        if snapshot.load_info(snapshot_url)["num_classes"] is not None:
             raise ConfigError(f"{snapshot_url} is conditional on classes; this benchmark draws without labels")
         self._network.requires_grad_(False)
         self.folder = work / "sets" / snapshot.snapshot_id(snapshot_url)[:16]

@@ -1,12 +1,17 @@
 """tools/bench_samplers.py: what it counts, compares and draws."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from ddpm_dist.config import DiffusionConfig
 from ddpm_dist.diffusion.gaussian import GaussianDiffusion
 from ddpm_dist.diffusion.samplers import SAMPLERS, sample
-from tools.bench_samplers import METRICS, NEAR, STOCHASTIC, Draw, Row, curves, first_within, picture, steps_for
+from ddpm_dist.errors import ConfigError
+from ddpm_dist.snapshot import save_snapshot
+from tests.models.networks import random_unet, tiny_config
+from tools.bench_samplers import METRICS, NEAR, STOCHASTIC, Bench, Draw, Row, curves, first_within, picture, steps_for
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -40,6 +45,15 @@ def test_samplers_with_noise_are_the_ones_that_are_held_to_ancestral_sampling(sa
     assert (sampler in STOCHASTIC) == bool((a != b).any())
     assert draw.limit.sampler == ("ddpm" if sampler in STOCHASTIC else "heun")
     assert draw.limit.seed == 3
+
+
+@pytest.mark.parametrize("null_label", [2, None], ids=["with a null class", "without"])
+def test_a_network_with_classes_is_refused(null_label: int | None, tmp_path: Path) -> None:
+    url, config = f"file://{tmp_path}", tiny_config(num_classes=2)
+    diffusion = GaussianDiffusion.from_config(DiffusionConfig())
+    save_snapshot(url, random_unet(config), config, diffusion, {"null_label": null_label})
+    with pytest.raises(ConfigError, match="is conditional on classes"):
+        Bench(url, "memory://nothing", tmp_path, None)
 
 
 def row(evaluations: int, *ratios: float, sampler: str = "unipc") -> Row:
