@@ -1,6 +1,11 @@
 """`launch/evaluate.py` as a person types it."""
 
 import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,9 +15,9 @@ from ddpm_dist.errors import ConfigError, EvaluationError
 from ddpm_dist.evaluation import command
 from ddpm_dist.evaluation.order import Order
 from ddpm_dist.recipe import load_config
-from tests.evaluation.test_evaluation_job import make_set, pictures
+from tests.evaluation.test_evaluation_job import make_set, pictures, publish_snapshot
 from tests.launch.test_sample import launch
-from tests.ray_local import RayCluster
+from tests.ray_local import ROOT, RayCluster
 from tests.sampling.tiny import SETTINGS, make_snapshot
 
 
@@ -101,3 +106,53 @@ def test_the_command_on_a_cluster_and_a_bucket(ray_cluster: RayCluster, bucket_u
     assert f"{result['metrics']['frechet_pixel']:.4g}".encode() in storage.read(
         f"{bucket_url}/run/evaluation/report.html"
     )
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_a_follower_that_is_killed_evaluates_each_snapshot_once(
+    ray_cluster: RayCluster, bucket_url: str, recipe: str
+) -> None:
+    """SIGKILL in the middle of the second of three snapshots, the last of which comes later; then the same command."""
+    run, data = f"{bucket_url}/run", make_set(f"{bucket_url}/data", pictures(60, 2))
+    text = Path(recipe).read_text().replace("steps: 10,", "steps: 30,").replace("num_samples: 24", "num_samples: 96")
+    storage.publish(f"{run}/config.yaml", text.encode())
+    publish_snapshot(run, 10)
+    publish_snapshot(run, 20)
+    command = [sys.executable, "launch/evaluate.py", "--follow", run, "--data", data, "--workers", "1:2"]
+    command += ["cluster.wait_seconds=240"]
+    environment = {**os.environ, **ray_cluster.env, "RAY_ADDRESS": ray_cluster.address}
+
+    def start() -> "subprocess.Popen[str]":
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+
+    def results() -> list[str]:
+        return storage.list_names(f"{run}/evaluation/results")
+
+    def drawing() -> bool:
+        return any("/receipts/" in name for name in storage.list_objects(f"{run}/evaluation/unkept"))
+
+    follower = start()
+    try:
+        _until(lambda: len(results()) == 1 and drawing(), follower)
+        follower.kill()
+        follower.wait()
+        assert len(results()) == 1, "the second evaluation was over before it could be killed; make it larger"
+        first = storage.read(f"{run}/evaluation/results/{results()[0]}")
+        publish_snapshot(run, 30)
+        follower = start()
+        assert follower.communicate(timeout=400)[0].startswith("2 snapshots evaluated")
+    finally:
+        follower.kill()
+    assert [int(name[:9]) for name in results()] == [10, 20, 30]
+    assert storage.read(f"{run}/evaluation/results/{results()[0]}") == first
+    assert len([n for n in storage.list_names(f"{run}/tensorboard/evaluation") if "tfevents" in n]) == 3
+    assert not drawing()
+
+
+def _until(true: Callable[[], bool], process: "subprocess.Popen[str]", patience_s: float = 400) -> None:
+    deadline = time.monotonic() + patience_s
+    while not true():
+        assert process.poll() is None, "the follower ended"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
