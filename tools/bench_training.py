@@ -12,6 +12,8 @@ save       the step in which a checkpoint starts, over the median step (target: 
 ema        an average's share of a step. Target: at most 0.01
 memory     bytes of a rank's tensors by ZeRO stage, over the formula
 resume     seconds to claim and read a state, by its size
+follow     images/s of the system while a follower evaluates its snapshots on the servers' core, over those without one.
+           Target: 0.98
 restart    seconds from SIGKILL of a worker to the next new step, beside Ray Train's way with its own checkpoints
 
 Workers run on the first core (the first cores, where there are several), servers on the last. The sides take turns;
@@ -42,6 +44,7 @@ from ddpm_dist.config import Config  # noqa: E402
 from ddpm_dist.data import decode  # noqa: E402
 from ddpm_dist.data.writer import EncodedSample, write_index, write_shard  # noqa: E402
 from ddpm_dist.recipe import load_config  # noqa: E402
+from tools.bench_training_follow import bench_follow  # noqa: E402
 from tools.bench_training_restart import bench_restart  # noqa: E402
 from tools.bench_training_states import bench_memory, bench_resume  # noqa: E402
 from tools.s3_server import S3Server  # noqa: E402
@@ -136,6 +139,7 @@ PARTS: dict[str, Callable[[Bench], Found]] = {
     "ema": bench_ema,
     "memory": lambda bench: bench_memory(bench.args.full_channels),
     "resume": lambda bench: bench_resume(bench.url, bench.cores[0]),
+    "follow": lambda bench: bench_follow(bench.config, bench.cores, bench.args.steps, bench.args.rounds),
     "restart": lambda bench: bench_restart(bench.config, bench.server, bench.cores[0], bench.args.rounds),
 }
 
