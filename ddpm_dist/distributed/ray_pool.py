@@ -232,12 +232,12 @@ class ActorPool:
         if len(self._members) >= self._minimum or not waiting:
             self._enough_since = self._said_at = now
             return
-        missing = f"{len(self._members)} of at least {self._minimum} workers are there; {self._resources()}"
+        missing = f"{len(self._members)} of at least {self._minimum} workers have started; {self._resources()}"
         if now - self._enough_since > self._cluster.wait_seconds:
             raise ClusterError(
                 f"{missing}, after {self._cluster.wait_seconds:.0f} s of waiting; free or add nodes, ask for fewer "
-                "workers (--workers), less for each (cluster.cpus_per_worker, cluster.gpus_per_worker), or raise "
-                "cluster.wait_seconds"
+                "workers (--workers), less for each (cluster.cpus_per_worker, cluster.gpus_per_worker), or, where "
+                "workers have their share and start slowly, raise cluster.wait_seconds"
             )
         if now - self._said_at > _SAY_S:
             self._said_at = now

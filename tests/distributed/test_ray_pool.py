@@ -80,7 +80,7 @@ def test_says_what_it_waits_for() -> None:
     greedy = ClusterConfig(wait_seconds=2, cpus_per_worker=64)
     with ActorPool(square, (1, 2), greedy) as pool, pytest.raises(ClusterError) as error:
         list(pool.map(range(3)))
-    assert "0 of at least 1 workers are there; each needs 64 CPU (" in str(error.value)
+    assert "0 of at least 1 workers have started; each needs 64 CPU (" in str(error.value)
     assert "of 4)" in str(error.value)
 
 
