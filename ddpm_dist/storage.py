@@ -18,6 +18,7 @@ import fsspec
 from fsspec.core import url_to_fs
 
 from ddpm_dist import storage_multipart as multipart
+from ddpm_dist import storage_signing as signing
 from ddpm_dist.errors import NotFoundError, ShortReadError, StorageError
 from ddpm_dist.storage_errors import PATIENCE_S, answer_of, classify, redact, retry
 from ddpm_dist.storage_local import check_folder, copy_file, create_file, is_temporary, replace_file
@@ -68,7 +69,7 @@ def filesystem(url: str) -> tuple[Any, str]:
     if protocol == "s3" and not re.fullmatch(r"[A-Za-z0-9][\w.:-]{1,254}(/.*)?", rest, re.DOTALL):
         raise StorageError(f"{redact(url)}: names no bucket; write s3://BUCKET/FOLDER")
     if protocol == "s3":
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        endpoint = _endpoint()
         if endpoint is not None and "@" in endpoint:
             raise StorageError(
                 "AWS_ENDPOINT_URL: holds user:password@; give them as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and "
@@ -92,6 +93,10 @@ def filesystem(url: str) -> tuple[Any, str]:
         fs.retries = 1  # one layer retries: ours, which knows the patience and says what it does
         _held.setdefault(os.getpid(), {})[id(fs)] = fs
     return fs, path
+
+
+def _endpoint() -> str | None:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
 
 
 def join(url: str, *parts: str) -> str:
@@ -141,8 +146,10 @@ def signed_url(url: str, seconds: int) -> str | None:
     fs, path = filesystem(url)
     if not _is_s3(fs):
         return None
+    endpoint = _endpoint()
+    signed = signing.sign(endpoint, path, seconds) if endpoint else None
     try:
-        return str(fs.sign(path, expiration=seconds))
+        return signed or str(fs.sign(path, expiration=seconds))
     except Exception:  # no credentials, no region: the other ways in explain it
         return None
 
@@ -290,6 +297,7 @@ def check_access(url: str, name: str | None = None, patience_s: float = 9.0) -> 
 def clear_instances() -> None:
     """Forgets cached filesystems, after a change of endpoint or credentials in this process."""
     _held.pop(os.getpid(), None)
+    signing.forget()
     for cls in list(fsspec.registry.values()):
         cls.clear_instance_cache()
 

@@ -16,6 +16,7 @@ LAYERS: list[tuple[str, ...]] = [
         "ddpm_dist.storage_errors",
         "ddpm_dist.storage_local",
         "ddpm_dist.storage_multipart",
+        "ddpm_dist.storage_signing",
         "ddpm_dist.rng",
     ),
     ("ddpm_dist.data", "ddpm_dist.diffusion", "ddpm_dist.models"),
@@ -35,7 +36,7 @@ PLACES = {
     "webdataset": ["ddpm_dist/data/tar.py"],
     "fsspec": ["ddpm_dist/storage.py"],
     "s3fs": [],
-    "botocore": ["tools/s3_server.py"],
+    "botocore": ["ddpm_dist/storage_signing.py", "tools/s3_server.py"],
     "tensorboard": ["ddpm_dist/training/metrics.py"],
     "torch.utils.tensorboard": ["ddpm_dist/training/metrics.py"],
 }

@@ -9,6 +9,7 @@ trust is closed: content id ← hashes of shards and tables ← CRC of each imag
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_dist import storage
+from ddpm_dist.data.ranges import RangeReader
 from ddpm_dist.errors import ConfigError, DataError, NotFoundError, ShardError
 
 INDEX_NAME = "index.json"
@@ -177,7 +179,8 @@ def load_index(url: str, name: str | None = None) -> DataIndex:
     """
     place = storage.redact(storage.join(url, INDEX_NAME))
     try:
-        data = storage.read(storage.join(url, INDEX_NAME))
+        with closing(RangeReader()) as reader:
+            data = reader.read_whole(storage.join(url, INDEX_NAME))
     except NotFoundError as error:
         storage.check_access(url, name)
         key = f"{name}: " if name else ""

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +22,23 @@ def test_ranges_and_the_objects_size(faulty_proxy: FaultyProxy, bucket_url: str)
     for start, length in ((0, 1), (700, 5000), (len(DATA) - 3, 3), (0, len(DATA))):
         assert reader.read(url, start, length) == (DATA[start : start + length], len(DATA))
     assert all("Signature" in request.path for request in faulty_proxy.requests if request.method == "GET")
+
+
+@pytest.mark.parametrize("size", [0, 1, len(DATA)])
+def test_whole_objects(faulty_proxy: FaultyProxy, bucket_url: str, size: int) -> None:
+    url = f"{bucket_url}/whole"
+    storage.publish(url, DATA[:size])
+    assert RangeReader().read_whole(url) == DATA[:size]
+    assert all("Signature" in request.path for request in faulty_proxy.requests if request.method == "GET")
+
+
+def test_a_whole_object_that_was_uploaded_in_parts(bucket_url: str, tmp_path: Path) -> None:
+    file = tmp_path / "big"
+    file.write_bytes(DATA * 60)  # 61 MB
+    storage.upload(file, f"{bucket_url}/big")
+    fs, path = storage.filesystem(f"{bucket_url}/big")
+    assert "-" in fs.info(path)["ETag"]  # no MD5 of the object
+    assert RangeReader().read_whole(f"{bucket_url}/big") == DATA * 60
 
 
 def test_threads_keep_a_connection_each(faulty_proxy: FaultyProxy, bucket_url: str) -> None:
@@ -45,8 +63,9 @@ def test_threads_keep_a_connection_each(faulty_proxy: FaultyProxy, bucket_url: s
 def test_errors_are_storages(bucket_url: str) -> None:
     storage.publish(f"{bucket_url}/a.tar", DATA[:100])
     reader = RangeReader()
-    with pytest.raises(NotFoundError):
-        reader.read(f"{bucket_url}/none.tar", 0, 10)
+    for read in (lambda url: reader.read(url, 0, 10), reader.read_whole):
+        with pytest.raises(NotFoundError):
+            read(f"{bucket_url}/none.tar")
     for start in (95, 200):
         with pytest.raises(ShortReadError, match="it holds 100 bytes"):
             reader.read(f"{bucket_url}/a.tar", start, 10)
@@ -69,6 +88,18 @@ def test_one_fault_is_not_seen_by_the_reader(
         assert found == DATA[10:3010]
     assert faulty_proxy.faults_met() == [fault]
     assert reader.read(url, 10, 3000)[0] == DATA[10:3010]
+
+
+@pytest.mark.parametrize("fault", list(Fault))
+def test_one_fault_in_a_whole_object_is_not_seen(
+    faulty_proxy: FaultyProxy, bucket_url: str, fault: Fault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "READ_TIMEOUT_S", 1)
+    storage.clear_instances()
+    storage.publish(f"{bucket_url}/whole", DATA)
+    faulty_proxy.inject(fault, path="whole")
+    assert RangeReader().read_whole(f"{bucket_url}/whole") == DATA  # wrong bytes, too: they don't fit the tag
+    assert faulty_proxy.faults_met() == [fault]
 
 
 def test_signatures_are_renewed(faulty_proxy: FaultyProxy, bucket_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
