@@ -18,7 +18,7 @@ def main(name: str, disk: Path, keep: list[Path]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children, adopted ones too, leave no zombies
     socket.sethostname(name)
     disk_handle = os.open(disk, os.O_PATH)
-    kept = [(path, os.open(path, os.O_PATH)) for path in keep if path.is_relative_to("/tmp")]
+    kept = [(path, os.open(path, os.O_PATH)) for path in sorted(keep) if path.is_relative_to("/tmp")]
     for file in (disk / "etc").iterdir():
         mount("--bind", file, f"/etc/{file.name}")
     mount("-t", "tmpfs", "tmpfs", "/dev/shm")
@@ -29,7 +29,8 @@ def main(name: str, disk: Path, keep: list[Path]) -> None:
     mount("--bind", f"/proc/self/fd/{disk_handle}/tmp", "/tmp", handle=disk_handle)
     for path, handle in kept:
         path.mkdir(parents=True, exist_ok=True)
-        mount("--bind", f"/proc/self/fd/{handle}", path, handle=handle)
+        # the link of a descriptor leads to what /tmp hides by now, its path (which mount would make of it) doesn't
+        mount("--no-canonicalize", "--bind", f"/proc/self/fd/{handle}", path, handle=handle)
     print("ready", flush=True)
     while True:
         signal.pause()
