@@ -85,7 +85,6 @@ def assert_nothing_stays(
     [
         (signal.SIGINT, "[3/7"),  # the S3 server runs, Ray is starting
         (signal.SIGKILL, "[4/7"),  # Ray runs, a job is being submitted
-        pytest.param(signal.SIGTERM, "[1/7", marks=pytest.mark.full),
         pytest.param(signal.SIGTERM, "[2/7", marks=pytest.mark.full),
         pytest.param(signal.SIGINT, "[4/7", marks=pytest.mark.full),
         pytest.param(signal.SIGINT, "a new run begins", marks=pytest.mark.full),
