@@ -238,7 +238,7 @@ def test_patience_ends(faulty_proxy: FaultyProxy, bucket_url: str, caplog: pytes
         caplog.at_level(logging.WARNING),
         pytest.raises(UnreachableError, match=r"503 SlowDown.*given up after \d attempts in \d s"),
     ):
-        storage.read(f"{bucket_url}/a", patience_s=1.0)
+        storage.read(f"{bucket_url}/a", patience_s=4.0)
     assert "attempt 2 in" in caplog.text
 
 
