@@ -4,10 +4,11 @@
     python tools/bench_model.py --threads 1 --cpu-time           # beside others on the same machine
 
 Same weights, batch, threads and handling of precision on both sides (bf16: bf16 weights and activations, float32
-masters, as under DeepSpeed). They take turns in one process, so that what else the machine does hits both; ratios
-are medians over the rounds. A training step is forward, loss, backward, gradient clipping, Adam and EMA:
+masters, as under DeepSpeed). Each has a process of its own; they take turns, so that what else the machine does hits
+both; ratios are medians over the rounds. A training step is forward, loss, backward, gradient clipping, Adam and EMA:
 
-  ours     torch's clipping over all tensors at once, fused Adam, and one call for the EMA, as in our engine
+  ours     torch's clipping over all tensors at once, fused Adam, one call for the EMA, and the allocator's settings,
+           as in our engine
   theirs   diffusers' unconditional example: clip_grad_norm_, torch's default Adam, diffusers' EMAModel
 
 The convolution peak is measured as well: torch's plain convolution in the given precision, forward and backward, on
@@ -20,14 +21,14 @@ The last line is one JSON object; ratios above 1 are in our favour, memory ratio
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ from torch import Tensor, nn
 
 from ddpm_dist import cli
 from ddpm_dist.config import ModelConfig
+from ddpm_dist.cpu import use_cpu
 from ddpm_dist.errors import ConfigError
 from ddpm_dist.models.arithmetic import SLOW_BF16
 from ddpm_dist.models.unet import UNet, UNetConfig
@@ -172,12 +174,57 @@ def inference_step(side: Side, batch: Batch, clock: Clock) -> float:
     return clock() - start
 
 
-def alternate(measure: Callable[[str], Any], rounds: int) -> dict[str, list[Any]]:
-    """measure("ours") and measure("theirs") by turns, the first changing every round."""
+class Contender:
+    """A process that trains one side, a step at a time, when it is asked to."""
+
+    def __init__(self, name: str, precision: str, args: argparse.Namespace) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, name, precision, args), daemon=True)
+        self._process.start()
+
+    def ask(self, what: str) -> Any:
+        """inference, training: seconds, as of the functions above; peak: bytes above what the imports took."""
+        self._pipe.send(what)
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            raise SystemExit("a process of the benchmark ended; its words are above") from None
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def _serve(pipe: Connection, name: str, precision: str, args: argparse.Namespace) -> None:
+    if name == "ours":
+        use_cpu(args.threads)
+    else:
+        torch.set_num_threads(args.threads)
+    clock = clock_of(args)
+    before = _status_bytes("VmRSS")
+    side, batch = SIDES[name](DTYPES[precision]), make_batch(args.batch, DTYPES[precision])
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of imports and initialisation
+    while True:
+        what = pipe.recv()
+        if what == "inference":
+            pipe.send(inference_step(side, batch, clock))
+        elif what == "training":
+            pipe.send(train_step(side, batch, clock))
+        else:
+            pipe.send(_status_bytes("VmHWM") - before)
+
+
+def clock_of(args: argparse.Namespace) -> Clock:
+    return time.process_time if args.cpu_time else time.perf_counter
+
+
+def alternate(contenders: dict[str, Contender], what: str, rounds: int) -> dict[str, list[Any]]:
+    """What "ours" and "theirs" answer by turns, the first changing every round."""
     found: dict[str, list[Any]] = {name: [] for name in SIDES}
     for r in range(-WARM_UP, rounds):
         for name in sorted(SIDES, reverse=bool(r % 2)):
-            value = measure(name)
+            value = contenders[name].ask(what)
             if r >= 0:
                 found[name].append(value)
     return found
@@ -250,45 +297,21 @@ def _best(action: Callable[[], None], rounds: int, clock: Clock) -> float:
     return min(seconds)
 
 
-def peak_bytes(side: str, precision: str, args: argparse.Namespace) -> int:
-    """Most memory of a process that trains one side, above what its imports took; measured in a process of its own."""
-    command = [sys.executable, __file__, "--memory-of", side, "--precision", precision]
-    command += ["--batch", str(args.batch), "--threads", str(args.threads)]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-
-def measure_memory(side_name: str, dtype: torch.dtype, batch: int) -> int:
-    """Growth of this process's resident memory in three training steps, at its peak."""
-    before = _status_bytes("VmRSS")
-    side, data = SIDES[side_name](dtype), make_batch(batch, dtype)
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of imports and initialisation
-    for _ in range(3):
-        train_step(side, data, time.perf_counter)
-    return _status_bytes("VmHWM") - before
-
-
 def _status_bytes(key: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
 
 
-def timings(dtype: torch.dtype, batch_size: int, rounds: int, clock: Clock) -> tuple[dict[str, list[float]], ...]:
-    """Seconds per round of each side: inference; forward, loss and backward; the whole training step."""
-    sides = {name: make(dtype) for name, make in SIDES.items()}
-    batch = make_batch(batch_size, dtype)
-    inference = alternate(lambda name: inference_step(sides[name], batch, clock), rounds)
-    training = alternate(lambda name: train_step(sides[name], batch, clock), rounds)
-    network, whole = ({name: [pair[k] for pair in pairs] for name, pairs in training.items()} for k in range(2))
-    return inference, network, whole
-
-
 def measure(precision: str, args: argparse.Namespace, shapes: Counter[ConvShape]) -> dict[str, float]:
     """All figures of one precision, printed as a table."""
-    dtype = DTYPES[precision]
-    clock = time.process_time if args.cpu_time else time.perf_counter
-    inference, network, training = timings(dtype, args.batch, args.rounds, clock)
-    conv_forward, conv_both = conv_seconds(shapes, dtype, args.batch, args.rounds, clock)
-    memory = {name: peak_bytes(name, precision, args) for name in SIDES}
+    contenders = {name: Contender(name, precision, args) for name in SIDES}
+    inference = alternate(contenders, "inference", args.rounds)
+    both = alternate(contenders, "training", args.rounds)
+    network, training = ({name: [pair[k] for pair in pairs] for name, pairs in both.items()} for k in range(2))
+    memory = {name: contender.ask("peak") for name, contender in contenders.items()}
+    for contender in contenders.values():
+        contender.end()
+    conv_forward, conv_both = conv_seconds(shapes, DTYPES[precision], args.batch, args.rounds, clock_of(args))
 
     gflop = sum(count * shape.flops(args.batch) for shape, count in shapes.items()) / 1e9
     print(f"\n{precision}: plain convolutions alone {gflop / conv_forward:.0f} GFLOP/s forward, "
@@ -323,14 +346,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--cpu-time", action="store_true", help="count this process's processor seconds: where others work as well"
     )
-    parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.cpu_time and args.threads != 1:
         raise ConfigError(f"--threads: {args.threads} with --cpu-time, which would add up the threads' waiting; use 1")
-    torch.set_num_threads(args.threads)
-    if args.memory_of:
-        print(measure_memory(args.memory_of, DTYPES[args.precision[0]], args.batch))
-        return
+    use_cpu(args.threads)
     print(f"{platform.processor() or platform.machine()}, {args.threads} threads, batch {args.batch}, "
           f"{args.rounds} rounds; bf16 products are {'slow' if SLOW_BF16 else 'fast'} here")  # fmt: skip
     shapes = conv_shapes()

@@ -92,7 +92,6 @@ class EvaluationWorker:
     """Does the tasks above, and those of a SampleWorker."""
 
     def __init__(self, threads: int, device: str) -> None:
-        torch.set_num_threads(threads)
         self._device = device
         self._sampler = SampleWorker(threads, device)
         self._networks: dict[tuple[Any, ...], FeatureNetwork] = {}

@@ -154,7 +154,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = x if self.group_norm is None else self.group_norm(x)
-        h = h.flatten(2).transpose(1, 2)  # [B, HW, C]
+        h = h.flatten(2).transpose(1, 2).contiguous()  # [B, HW, C], copied once for the three products
 
         def heads(projected: Tensor) -> Tensor:
             return projected.unflatten(2, (-1, self.head_channels)).transpose(1, 2)  # [B, heads, HW, d]

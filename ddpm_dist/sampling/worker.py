@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ddpm_dist import snapshot, storage
 from ddpm_dist.config import SamplingConfig
+from ddpm_dist.cpu import use_cpu
 from ddpm_dist.data import decode
 from ddpm_dist.data.index import ShardInfo
 from ddpm_dist.data.writer import EncodedSample, ShardSummary, WrittenShard, write_shard
@@ -94,7 +95,7 @@ class SampleWorker:
 
     def __init__(self, threads: int, device: str) -> None:
         """device: cpu or cuda."""
-        torch.set_num_threads(threads)
+        use_cpu(threads)
         if device == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
             torch.backends.cudnn.benchmark = False  # its choice of kernels would differ from worker to worker
