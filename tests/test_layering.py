@@ -19,6 +19,7 @@ LAYERS: list[tuple[str, ...]] = [
         "ddpm_dist.storage_signing",
         "ddpm_dist.rng",
         "ddpm_dist.cpu",
+        "ddpm_dist.progress",
     ),
     ("ddpm_dist.data", "ddpm_dist.diffusion", "ddpm_dist.models"),
     ("ddpm_dist.scheduler", "ddpm_dist.snapshot", "ddpm_dist.distributed", "ddpm_dist.training"),

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from ddpm_dist import cli
 from ddpm_dist.data.foreign import verify_shards
-from ddpm_dist.data.progress import counted
+from ddpm_dist.progress import counted
 
 
 def main(argv: Sequence[str] | None = None) -> None:

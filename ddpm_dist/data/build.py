@@ -21,11 +21,11 @@ from ddpm_dist.data import decode, parts
 from ddpm_dist.data.index import INDEX_NAME, DataIndex, load_index
 from ddpm_dist.data.order import Ints, key_of, permute
 from ddpm_dist.data.processes import in_processes
-from ddpm_dist.data.progress import Progress, counted
 from ddpm_dist.data.sources import Item, Source, SourceOptions, open_source
 from ddpm_dist.data.sources.files import is_image
 from ddpm_dist.data.writer import EncodedSample, write_index, write_shard
 from ddpm_dist.errors import ConfigError, DataError, NotFoundError
+from ddpm_dist.progress import Progress, counted
 
 log = logging.getLogger(__name__)
 
@@ -180,9 +180,9 @@ def build(plan: Plan, url: str, run: Callable[[Plan, str, list[int]], Iterable[i
         f"; {len(finished)} of them there already" if finished else "",
     )
     started = time.monotonic()
-    progress = Progress("make_shards", "sample", plan.samples, done)
-    for count in run(plan, url, missing):
-        progress.add(count)
+    with Progress("make_shards", "sample", plan.samples, done) as progress:
+        for count in run(plan, url, missing):
+            progress.add(count)
     index = _publish_index(plan, url)
     left_out = plan.samples - index.num_samples
     log.info(

@@ -11,9 +11,9 @@ from ddpm_dist.data import parts, tar
 from ddpm_dist.data.decode import BadSampleError, decode
 from ddpm_dist.data.index import INDEX_NAME, TABLE_FOLDER, DataIndex, SampleTable, content_hash, load_index, table_name
 from ddpm_dist.data.processes import default_workers, in_processes
-from ddpm_dist.data.progress import Progress, counted
 from ddpm_dist.data.writer import index_tar, write_index
 from ddpm_dist.errors import ConfigError, DataError, NotFoundError, ShardError
+from ddpm_dist.progress import Progress, counted
 
 log = logging.getLogger(__name__)
 
@@ -55,12 +55,12 @@ def index_shards(
         log.info("index_shards: %d of %s were indexed before", len(finished), counted(len(names), "shard"))
     damaged: dict[str, str] = {}
     make = partial(_Indexer, url, names, label_field)
-    progress = Progress("index_shards", "shard", len(names), len(finished))
-    for number, problem in in_processes(make, missing, workers or default_workers(sum(tars.values()))):
-        progress.add()
-        if problem:
-            log.warning("index_shards: %s", problem)
-            damaged[names[number]] = problem
+    with Progress("index_shards", "shard", len(names), len(finished)) as progress:
+        for number, problem in in_processes(make, missing, workers or default_workers(sum(tars.values()))):
+            progress.add()
+            if problem:
+                log.warning("index_shards: %s", problem)
+                damaged[names[number]] = problem
     if damaged and (not leave_out_damaged or len(damaged) == len(names)):
         listed = "\n  ".join(list(damaged.values())[:SHOWN])
         raise DataError(
@@ -112,10 +112,10 @@ def verify_shards(url: str, *, workers: int | None = None, decoded: bool = True)
     index = load_index(url)
     problems: list[Problem] = []
     make, numbers = partial(_Verifier, index, decoded), range(len(index.shards))
-    progress = Progress("verify_shards", "shard", len(numbers))
-    for found in in_processes(make, numbers, workers or default_workers(index.num_bytes)):
-        progress.add()
-        problems += found
+    with Progress("verify_shards", "shard", len(numbers)) as progress:
+        for found in in_processes(make, numbers, workers or default_workers(index.num_bytes)):
+            progress.add()
+            problems += found
     known = {shard.name for shard in index.shards}
     left_out = index.about.get(LEFT_OUT, {})
     for name in storage.list_objects(url):

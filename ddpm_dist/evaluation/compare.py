@@ -21,9 +21,9 @@ from ddpm_dist.evaluation.metrics import Metric, Reference
 from ddpm_dist.evaluation.moments import Summary
 from ddpm_dist.evaluation.order import BITS_PER_DIM, Order, network_specs
 from ddpm_dist.evaluation.worker import LikelihoodTask, NearestTask, SetPart, SummaryTask
+from ddpm_dist.progress import Progress, counted
 from ddpm_dist.sampling.images import grid_png
 from ddpm_dist.sampling.plan import Manifest
-from ddpm_dist.sampling.progress import Progress
 
 EVERYTHING = 2**62
 PART_IMAGES = 128
@@ -78,18 +78,18 @@ class Comparison:
         specs = {self.specs[name]: name for name in names}
         tasks = [SummaryTask(part, tuple(specs), halves, self.keep, limit) for part in self.parts(url, count)]
         whole: dict[str, Summary] = {}
-        progress = Progress(f"features of {storage.redact(url)}", min(count, limit))
-        for outcome in self.pool.map(tasks):
-            if isinstance(outcome, Failed):
-                raise EvaluationError(f"{outcome.task}: {outcome.error}")
-            done = 0
-            for spec, summary in outcome.value.items():
-                done = summary.count
-                if specs[spec] in whole:
-                    whole[specs[spec]].merge(summary)
-                else:
-                    whole[specs[spec]] = summary
-            progress.add(done, self.pool.alive)
+        with Progress(f"features of {storage.redact(url)}", "image", min(count, limit)) as progress:
+            for outcome in self.pool.map(tasks):
+                if isinstance(outcome, Failed):
+                    raise EvaluationError(f"{outcome.task}: {outcome.error}")
+                done = 0
+                for spec, summary in outcome.value.items():
+                    done = summary.count
+                    if specs[spec] in whole:
+                        whole[specs[spec]].merge(summary)
+                    else:
+                        whole[specs[spec]] = summary
+                progress.add(done, counted(self.pool.alive, "worker"))
         for name, summary in whole.items():
             if summary.count != min(count, limit):
                 raise EvaluationError(f"{url}: {summary.count} images came for {min(count, limit)} in {name}")
@@ -119,13 +119,13 @@ def mean_bits_per_dim(order: Order, manifest: Manifest | None, compare: Comparis
         raise EvaluationError(f"{BITS_PER_DIM}: needs a snapshot, and the samples have no manifest that names theirs")
     total = load_index(url).num_samples
     tasks = [LikelihoodTask(part, from_snapshot, order.seed, EVERYTHING) for part in compare.parts(url, total)]
-    progress = Progress("bits/dim", total)
     images, bits, prior = 0, 0.0, 0.0
-    for outcome in compare.pool.map(tasks):
-        if isinstance(outcome, Failed):
-            raise EvaluationError(f"{outcome.task}: {outcome.error}")
-        images, bits, prior = images + outcome.value[0], bits + outcome.value[1], prior + outcome.value[2]
-        progress.add(outcome.value[0], compare.pool.alive)
+    with Progress("bits/dim", "image", total) as progress:
+        for outcome in compare.pool.map(tasks):
+            if isinstance(outcome, Failed):
+                raise EvaluationError(f"{outcome.task}: {outcome.error}")
+            images, bits, prior = images + outcome.value[0], bits + outcome.value[1], prior + outcome.value[2]
+            progress.add(outcome.value[0], counted(compare.pool.alive, "worker"))
     return {BITS_PER_DIM: bits / images, f"{BITS_PER_DIM}_prior": prior / images}
 
 

@@ -16,8 +16,8 @@ from ddpm_dist.errors import NotFoundError
 from ddpm_dist.evaluation.chart import Series, line_chart
 from ddpm_dist.evaluation.metrics import LARGER_IS_BETTER
 from ddpm_dist.evaluation.result import results
+from ddpm_dist.progress import clock
 from ddpm_dist.recipe import dump_config
-from ddpm_dist.sampling.progress import clock
 from ddpm_dist.training.metrics import Events, read_events
 from ddpm_dist.training.run_folder import read_summary
 

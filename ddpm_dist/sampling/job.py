@@ -28,9 +28,9 @@ from ddpm_dist.data.stream import iterate
 from ddpm_dist.data.writer import write_index
 from ddpm_dist.distributed.ray_pool import ActorPool, Done
 from ddpm_dist.errors import NotFoundError, SamplingError
+from ddpm_dist.progress import Progress, counted
 from ddpm_dist.sampling.images import NpzWriter, grid_png
 from ddpm_dist.sampling.plan import MANIFEST, Fingerprint, Labels, Manifest, Unit, settle
-from ddpm_dist.sampling.progress import Progress
 from ddpm_dist.sampling.worker import Probe, ProbeTask, Receipt, SampleWorker, UnitTask
 
 log = logging.getLogger(__name__)
@@ -112,15 +112,15 @@ def _make(tasks: Sequence[UnitTask], manifests: Sequence[Manifest], pool: ActorP
     wanted = sum(task.unit.stop - task.unit.start for task in tasks)
     if wanted < total:
         log.info("%s of %s images are there already", f"{total - wanted:,}", f"{total:,}")
-    progress = Progress("sampling", total, total - wanted)
-    for outcome in pool.map(tasks):
-        task, count = outcome.task, outcome.task.unit.stop - outcome.task.unit.start
-        if isinstance(outcome, Done):
-            made[task.out] = made.get(task.out, 0) + count
-            progress.add(count, pool.alive)
-        else:
-            failed.append(f"{task}: {outcome.error}")
-            log.error("given up: %s", failed[-1])
+    with Progress("sampling", "image", total, total - wanted) as progress:
+        for outcome in pool.map(tasks):
+            task, count = outcome.task, outcome.task.unit.stop - outcome.task.unit.start
+            if isinstance(outcome, Done):
+                made[task.out] = made.get(task.out, 0) + count
+                progress.add(count, counted(pool.alive, "worker"))
+            else:
+                failed.append(f"{task}: {outcome.error}")
+                log.error("given up: %s", failed[-1])
     if failed:
         raise SamplingError(
             f"{len(failed)} of {len(tasks)} units failed, all others are there; the same command tries them again:\n  "

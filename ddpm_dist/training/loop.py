@@ -21,6 +21,7 @@ from ddpm_dist.distributed.checkpoint import StateStore
 from ddpm_dist.distributed.engine import Engine
 from ddpm_dist.distributed.world import World, broadcast_object, gather_objects
 from ddpm_dist.errors import PreemptedError
+from ddpm_dist.progress import StepProgress
 from ddpm_dist.recipe import dump_config
 from ddpm_dist.training import run_folder
 from ddpm_dist.training.branch import init_from
@@ -28,7 +29,7 @@ from ddpm_dist.training.control import Control
 from ddpm_dist.training.ema import Ema
 from ddpm_dist.training.failures import SkippedSteps
 from ddpm_dist.training.flops import training_flops_per_image
-from ddpm_dist.training.metrics import EventLog, Goodput, PhaseClock, Progress, Window, memory_gib
+from ddpm_dist.training.metrics import EventLog, Goodput, PhaseClock, Window, memory_gib
 from ddpm_dist.training.optim import lr_at
 from ddpm_dist.training.publish import SnapshotPublisher
 from ddpm_dist.training.step import BatchPlan, StepResult, training_step
@@ -67,7 +68,7 @@ class Training:
         """Optimizer steps done."""
         self.store.prepare(self.engine, self.ema)
         self.events = EventLog(cfg.run.url, self.store.attempt, self.step) if world.rank == 0 else None
-        self.progress = Progress(self.step, cfg.train.steps, cfg.train.global_batch) if world.rank == 0 else None
+        self.progress = StepProgress(self.step, cfg.train.steps, cfg.train.global_batch) if world.rank == 0 else None
         self.publisher = SnapshotPublisher(cfg, world, self.events)
         self.clock = PhaseClock(on_cuda=world.device.type == "cuda")
         self._flops_per_image: float | None = None

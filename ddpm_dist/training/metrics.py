@@ -1,9 +1,8 @@
-"""What a run shows: time by phase, goodput over all attempts, TensorBoard event files, progress lines."""
+"""What a run shows: time by phase, goodput over all attempts, TensorBoard event files."""
 
 import logging
 import resource
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -17,7 +16,6 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from ddpm_dist import storage
 from ddpm_dist.diffusion.losses import QUARTILES
@@ -257,33 +255,6 @@ def read_events(run_url: str) -> Events:
     )
 
 
-class Progress:
-    """A bar with rate and time left on a terminal, plain lines in a log."""
-
-    def __init__(self, start_step: int, steps: int, global_batch: int) -> None:
-        self._steps, self._batch = steps, global_batch
-        self._start_step, self._start = start_step, time.perf_counter()
-        self._bar = tqdm(total=steps, initial=start_step, unit="step") if sys.stderr.isatty() else None
-
-    def show(self, step: int, loss: float | None, images_per_second: float, data_wait: float) -> None:
-        """step: steps done. loss: None if none was heard of yet. data_wait: share of the time."""
-        loss_text = "" if loss is None else f"loss {loss:.4f}  "
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"{loss_text}{images_per_second:.0f} images/s, wait {data_wait:.1%}")
-            self._bar.update(step - self._bar.n)
-            return
-        rate = (step - self._start_step) / max(time.perf_counter() - self._start, 1e-9)
-        left_s = (self._steps - step) / rate if rate else float("inf")
-        log.info(
-            "step %d/%d (%s images)  %s%.0f images/s  data wait %.1f%%  %s left",
-            step, self._steps, f"{step * self._batch:,}", loss_text, images_per_second, 100 * data_wait, _clock(left_s),
-        )  # fmt: skip
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
 def memory_gib() -> dict[str, float]:
     """Peak memory of this rank's process and, on CUDA, of its device, in GiB."""
     peak = {"memory/host_GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
@@ -302,11 +273,3 @@ def image_grid(images: Tensor, columns: int | None = None) -> Tensor:
         y, x = divmod(i, columns)
         grid[:, y * (h + 1) : y * (h + 1) + h, x * (w + 1) : x * (w + 1) + w] = image
     return grid
-
-
-def _clock(seconds: float) -> str:
-    if seconds == float("inf"):
-        return "?"
-    minutes, second = divmod(int(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

@@ -8,7 +8,7 @@ import torch
 
 from ddpm_dist.training import metrics
 from ddpm_dist.training.control import Shared
-from ddpm_dist.training.metrics import EventLog, Goodput, PhaseClock, Progress, Window, image_grid, read_events
+from ddpm_dist.training.metrics import EventLog, Goodput, PhaseClock, Window, image_grid, read_events
 
 SECONDS = {"data": 1.0, "forward": 1.5, "backward": 2.5, "step": 2.0, "ema": 0.5, "checkpoint": 0.25,
            "snapshot": 0.125, "other": 0.5}  # fmt: skip
@@ -72,19 +72,6 @@ def test_a_later_attempt_overwrites_the_steps_that_were_lost(tmp_path: Path) -> 
     events = read_events(url)
     assert [value for step, value in events.scalars["loss/mean"] if step > 3] == [2.0, 2.0]
     assert [step for step, _ in events.images["samples"]] == [4]
-
-
-def test_a_log_has_plain_lines_with_the_time_left(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = 0.0
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
-    caplog.set_level("INFO")
-    progress = Progress(100, 1100, 32)
-    now = 10.0
-    progress.show(600, 0.5, 1600.0, 0.01)
-    progress.close()
-    assert caplog.messages == ["step 600/1100 (19,200 images)  loss 0.5000  1600 images/s  data wait 1.0%  0:10 left"]
 
 
 def test_the_grid_of_five_images() -> None:
