@@ -42,16 +42,18 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(count)
-        elif len(self._recent) > 1 and now - self._said_at >= EVERY_S:
+        elif self._done >= self._total or (len(self._recent) > 1 and now - self._said_at >= EVERY_S):
             self._said_at = now
             log.info("%s", self._line(now, note))
 
     def _line(self, now: float, note: str) -> str:
+        parts = [f"{self._done:,} of {counted(self._total, self._noun)}"]
         since, before = self._recent[0]
-        rate = (self._done - before) / max(now - since, 1e-9)
-        left = clock((self._total - self._done) / rate) if rate else "?"
-        parts = (f"{self._done:,} of {counted(self._total, self._noun)}", f"{rate:.1f}/s", f"{left} left", note)
-        return f"{self._what}: {', '.join(part for part in parts if part)}"
+        if now > since:
+            rate = (self._done - before) / (now - since)
+            left = clock((self._total - self._done) / rate) if rate else "?"
+            parts += [f"{rate:.1f}/s", f"{left} left"]
+        return f"{self._what}: {', '.join([*parts, *([note] if note else [])])}"
 
 
 class StepProgress:

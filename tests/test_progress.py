@@ -31,7 +31,9 @@ def test_it_speaks_every_few_seconds(monkeypatch: pytest.MonkeyPatch, caplog: py
         for _ in range(40):
             now[0] += 1
             progress.add()
-    assert len(caplog.messages) == 40 // 5
+        assert len(caplog.messages) == 40 // 5
+        progress.add(60)
+    assert caplog.messages[-1] == "index_shards: 100 of 100 shards, 2.5/s, 0:00 left", "the end is said at once"
     assert caplog.messages[0] == "index_shards: 5 of 100 shards, 1.0/s, 1:35 left"
 
 

@@ -152,7 +152,7 @@ def test_the_command_on_a_cluster_and_a_bucket(ray_cluster: RayCluster, bucket_u
     assert run.returncode == 0, run.stderr
     said = json.loads(run.stdout.splitlines()[-1])
     assert (said["made"], said["duplicates"], said["grid"]) == (20, 0, f"{bucket_url}/out/grid.png")
-    assert "20/20 images" in run.stderr
+    assert "sampling: 20 of 20 images" in run.stderr
     assert len(contents(f"{bucket_url}/out")) == 3 * 3 + 3
     assert storage.exists(f"{bucket_url}/all.npz")
     for secret in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):
