@@ -18,7 +18,7 @@ LAYERS: list[tuple[str, ...]] = [
         "ddpm_dist.storage_multipart",
         "ddpm_dist.storage_signing",
         "ddpm_dist.rng",
-        "ddpm_dist.cpu",
+        "ddpm_dist.allocator",
         "ddpm_dist.progress",
     ),
     ("ddpm_dist.data", "ddpm_dist.diffusion", "ddpm_dist.models"),

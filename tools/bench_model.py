@@ -39,8 +39,8 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from ddpm_dist import cli
+from ddpm_dist.allocator import keep_freed_memory
 from ddpm_dist.config import ModelConfig
-from ddpm_dist.cpu import use_cpu
 from ddpm_dist.errors import ConfigError
 from ddpm_dist.models.arithmetic import SLOW_BF16
 from ddpm_dist.models.unet import UNet, UNetConfig
@@ -197,10 +197,9 @@ class Contender:
 
 
 def _serve(pipe: Connection, name: str, precision: str, args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
     if name == "ours":
-        use_cpu(args.threads)
-    else:
-        torch.set_num_threads(args.threads)
+        keep_freed_memory()
     clock = clock_of(args)
     before = _status_bytes("VmRSS")
     side, batch = SIDES[name](DTYPES[precision]), make_batch(args.batch, DTYPES[precision])
@@ -349,7 +348,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.cpu_time and args.threads != 1:
         raise ConfigError(f"--threads: {args.threads} with --cpu-time, which would add up the threads' waiting; use 1")
-    use_cpu(args.threads)
+    torch.set_num_threads(args.threads)
+    keep_freed_memory()
     print(f"{platform.processor() or platform.machine()}, {args.threads} threads, batch {args.batch}, "
           f"{args.rounds} rounds; bf16 products are {'slow' if SLOW_BF16 else 'fast'} here")  # fmt: skip
     shapes = conv_shapes()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ddpm_dist.allocator import keep_freed_memory
 from ddpm_dist.config import Config
 from ddpm_dist.distributed.pieces import Piece
 from ddpm_dist.distributed.world import World
@@ -60,6 +61,8 @@ class Engine:
 
     def __init__(self, network: nn.Module, cfg: Config, world: World, micro_batch: int, accumulation: int) -> None:
         check(cfg, world)
+        if world.device.type == "cpu":
+            keep_freed_memory()
         self.world = world
         self.accumulation = accumulation
         self._micro_batch = micro_batch

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from ddpm_dist.cpu import use_cpu
 from ddpm_dist.errors import ClusterError
 
 COLLECTIVE_TIMEOUT_S = 1800
@@ -47,7 +46,7 @@ def init_world(threads: int = 1) -> World:
     device, backend = select_device(_environment_int("LOCAL_RANK", 0))
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-        use_cpu(threads)
+        torch.set_num_threads(threads)
     else:
         torch.cuda.set_device(device)
     if not dist.is_initialized():

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ddpm_dist import snapshot, storage
+from ddpm_dist.allocator import keep_freed_memory
 from ddpm_dist.config import SamplingConfig
-from ddpm_dist.cpu import use_cpu
 from ddpm_dist.data import decode
 from ddpm_dist.data.index import ShardInfo
 from ddpm_dist.data.writer import EncodedSample, ShardSummary, WrittenShard, write_shard
@@ -95,7 +95,8 @@ class SampleWorker:
 
     def __init__(self, threads: int, device: str) -> None:
         """device: cpu or cuda."""
-        use_cpu(threads)
+        torch.set_num_threads(threads)
+        keep_freed_memory()
         if device == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
             torch.backends.cudnn.benchmark = False  # its choice of kernels would differ from worker to worker

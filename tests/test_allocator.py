@@ -8,7 +8,9 @@ import pytest
 STEPS = """
 import resource, sys, threading
 import torch
-from ddpm_dist.cpu import use_cpu
+from ddpm_dist.allocator import keep_freed_memory
+
+torch.set_num_threads(1)
 
 def step():
     for _ in range(4):
@@ -21,7 +23,7 @@ def main():
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 if sys.argv[1] == "kept":
-    use_cpu(1)
+    keep_freed_memory()
 if sys.argv[2] == "main":
     main()
 else:  # where Ray Train runs the training

@@ -1,20 +1,12 @@
-"""How a process computes on the CPU: its threads, and what the allocator does with freed memory."""
+"""What malloc does with the memory that a process has freed."""
 
 import ctypes
-
-import torch
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 _LARGEST_BLOCK = 2**30
 _NEVER = 2**31 - 1
 _HEAP = 2**26
 """What glibc reserves at once for threads other than the first."""
-
-
-def use_cpu(threads: int) -> None:
-    """Has torch compute with so many threads, and keep the memory that it frees."""
-    torch.set_num_threads(threads)
-    keep_freed_memory()
 
 
 def keep_freed_memory() -> bool:
