@@ -29,6 +29,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -198,6 +199,8 @@ def _arguments() -> argparse.Namespace:
     for part in args.parts:
         if part not in PARTS:
             parser.error(f"{part!r} is unknown; choose from {', '.join(PARTS)}")
+    if "diffusers" in (args.parts or PARTS) and find_spec("accelerate") is None:
+        parser.error("diffusers: its example needs accelerate; pip install --constraint constraints.txt -e '.[bench]'")
     return args
 
 
