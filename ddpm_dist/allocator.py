@@ -9,8 +9,8 @@ _HEAP = 2**26
 """What glibc reserves at once for threads other than the first."""
 
 
-def keep_freed_memory() -> bool:
-    """Has malloc keep freed memory in this process, for the next step; False if this isn't glibc.
+def keep_freed_memory() -> None:
+    """Has malloc keep freed memory in this process, for the next step; without glibc nothing changes.
 
     A step allocates and frees the same activations and gradients each time. By default every block of some
     megabytes then comes from the kernel and goes back to it, zeroed, at a page fault for every 4 kB: 3-10 % of
@@ -18,6 +18,7 @@ def keep_freed_memory() -> bool:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
-        return False
-    settings = {_M_MMAP_THRESHOLD: _LARGEST_BLOCK, _M_TRIM_THRESHOLD: _NEVER, _M_TOP_PAD: _HEAP}
-    return all(mallopt(name, value) == 1 for name, value in settings.items())
+        return
+    mallopt(_M_MMAP_THRESHOLD, _LARGEST_BLOCK)
+    mallopt(_M_TRIM_THRESHOLD, _NEVER)
+    mallopt(_M_TOP_PAD, _HEAP)

@@ -96,8 +96,9 @@ class SampleWorker:
     def __init__(self, threads: int, device: str) -> None:
         """device: cpu or cuda."""
         torch.set_num_threads(threads)
-        keep_freed_memory()
-        if device == "cuda":
+        if device == "cpu":
+            keep_freed_memory()
+        else:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
             torch.backends.cudnn.benchmark = False  # its choice of kernels would differ from worker to worker
         self._device = torch.device(device)
