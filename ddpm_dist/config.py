@@ -106,7 +106,8 @@ class ModelConfig(Section):
     channels_last: Free[bool] = False
     """Memory layout of the activations: for GPUs with tensor cores; on CPUs it is slower (NOTES.md, "The network")."""
     compile: Free[bool] = False
-    """torch.compile of the network in training. It costs the first step minutes: measure whether it pays."""
+    """torch.compile of the network in training, for GPUs: it costs the first step minutes, and on CPUs the others, too
+    (NOTES.md, "Compiling")."""
 
 
 class DiffusionConfig(Section):

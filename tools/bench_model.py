@@ -2,6 +2,7 @@
 
     python tools/bench_model.py                        # both precisions, all cores, batch 16
     python tools/bench_model.py --threads 1 --cpu-time           # beside others on the same machine
+    python tools/bench_model.py --compile                        # ours through torch.compile as well (minutes more)
 
 Same weights, batch, threads and handling of precision on both sides (bf16: bf16 weights and activations, float32
 masters, as under DeepSpeed). Each has a process of its own; they take turns, so that what else the machine does hits
@@ -16,7 +17,8 @@ every shape of the network at the same batch, each in its better memory layout, 
 the network's convolution FLOPs (as the paper's network has them, whoever saves some) over the fastest step's time.
 It exceeds what plain convolutions allow where ours needs fewer products, or takes faster ones (models/arithmetic.py).
 
-The last line is one JSON object; ratios above 1 are in our favour, memory ratios below 1.
+The last line is one JSON object; ratios above 1 are in our favour (of compiled ones: in favour of compiling), memory
+ratios below 1.
 """
 
 import argparse
@@ -98,6 +100,14 @@ class Ours:
         self.adam.zero_grad()
 
 
+class Compiled(Ours):
+    """Ours with `model.compile`."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(dtype)
+        self.network.compile()
+
+
 class Theirs:
     """diffusers' network and a training step as its unconditional example does it, with float32 masters."""
 
@@ -143,7 +153,7 @@ def move_gradients(weights: list[nn.Parameter], masters: list[nn.Parameter]) -> 
 
 
 Side = Ours | Theirs
-SIDES: dict[str, type[Ours] | type[Theirs]] = {"ours": Ours, "theirs": Theirs}
+SIDES: dict[str, type[Ours] | type[Theirs]] = {"ours": Ours, "theirs": Theirs, "compiled": Compiled}
 
 
 def cifar10() -> UNetConfig:
@@ -192,20 +202,19 @@ class Contender:
             raise SystemExit("a process of the benchmark ended; its words are above") from None
 
     def end(self) -> None:
-        self._process.kill()
+        self._pipe.send("end")
         self._process.join()
 
 
 def _serve(pipe: Connection, name: str, precision: str, args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
-    if name == "ours":
+    if name != "theirs":
         keep_freed_memory()
     clock = clock_of(args)
     before = _status_bytes("VmRSS")
     side, batch = SIDES[name](DTYPES[precision]), make_batch(args.batch, DTYPES[precision])
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of imports and initialisation
-    while True:
-        what = pipe.recv()
+    while (what := pipe.recv()) != "end":
         if what == "inference":
             pipe.send(inference_step(side, batch, clock))
         elif what == "training":
@@ -219,19 +228,19 @@ def clock_of(args: argparse.Namespace) -> Clock:
 
 
 def alternate(contenders: dict[str, Contender], what: str, rounds: int) -> dict[str, list[Any]]:
-    """What "ours" and "theirs" answer by turns, the first changing every round."""
-    found: dict[str, list[Any]] = {name: [] for name in SIDES}
+    """What each side answers by turns, the first changing every round."""
+    found: dict[str, list[Any]] = {name: [] for name in contenders}
     for r in range(-WARM_UP, rounds):
-        for name in sorted(SIDES, reverse=bool(r % 2)):
+        for name in sorted(contenders, reverse=bool(r % 2)):
             value = contenders[name].ask(what)
             if r >= 0:
                 found[name].append(value)
     return found
 
 
-def ratio(found: dict[str, list[float]]) -> float:
+def ratio(found: dict[str, list[float]], ours: str = "ours", theirs: str = "theirs") -> float:
     """Median over the rounds of their time over ours."""
-    return statistics.median(b / a for a, b in zip(found["ours"], found["theirs"], strict=True))
+    return statistics.median(b / a for a, b in zip(found[ours], found[theirs], strict=True))
 
 
 def conv_shapes() -> Counter[ConvShape]:
@@ -303,7 +312,7 @@ def _status_bytes(key: str) -> int:
 
 def measure(precision: str, args: argparse.Namespace, shapes: Counter[ConvShape]) -> dict[str, float]:
     """All figures of one precision, printed as a table."""
-    contenders = {name: Contender(name, precision, args) for name in SIDES}
+    contenders = {name: Contender(name, precision, args) for name in SIDES if name != "compiled" or args.compile}
     inference = alternate(contenders, "inference", args.rounds)
     both = alternate(contenders, "training", args.rounds)
     network, training = ({name: [pair[k] for pair in pairs] for name, pairs in both.items()} for k in range(2))
@@ -317,7 +326,7 @@ def measure(precision: str, args: argparse.Namespace, shapes: Counter[ConvShape]
           f"{3 * gflop / conv_both:.0f} forward and backward")  # fmt: skip
     print(f"{'':10}{'training':>12}{'':>14}{'inference':>14}{'peak':>12}{'share of conv peak':>22}")
     figures: dict[str, float] = {}
-    for name in SIDES:
+    for name in contenders:
         shares = conv_both / min(training[name]), conv_forward / min(inference[name])
         speeds = [args.batch / statistics.median(times[name]) for times in (training, network, inference)]
         print(f"{name:10}{speeds[0]:8.2f} img/s ({speeds[1]:.2f} without update){speeds[2]:8.2f} img/s"
@@ -333,6 +342,12 @@ def measure(precision: str, args: argparse.Namespace, shapes: Counter[ConvShape]
     }
     print("ours / theirs: training {training_ratio:.3f} (without update {training_without_update_ratio:.3f}), "
           "inference {inference_ratio:.3f}, peak memory {peak_memory_ratio:.3f}".format_map(figures))  # fmt: skip
+    if args.compile:
+        gains = {f"compiled_{what}_ratio": ratio(times, "compiled", "ours")
+                 for what, times in (("training", training), ("inference", inference))}  # fmt: skip
+        print("compiled / ours: training {compiled_training_ratio:.3f}, inference {compiled_inference_ratio:.3f}"
+              .format_map(gains))  # fmt: skip
+        figures |= gains
     return figures
 
 
@@ -342,6 +357,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=16, help="images in a step")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--compile", action="store_true", help="a third side: ours with model.compile")
     parser.add_argument(
         "--cpu-time", action="store_true", help="count this process's processor seconds: where others work as well"
     )
