@@ -160,6 +160,9 @@ def test_extreme_words_give_finite_normals(monkeypatch):
         found = rng.normal(0, 0, torch.tensor([0]), (4,))
         assert found.isfinite().all()
         assert found.abs().max() < 7
+        # u is (0 + 1/2) / 2^32, or as near to 1
+        u = 2.0**-33 if value is lowest else 1 - 2.0**-33
+        assert found.max().item() == pytest.approx(math.sqrt(-2 * math.log(u)), rel=1e-6)
 
 
 def test_fold_is_a_chain_of_philox():

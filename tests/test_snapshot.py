@@ -58,6 +58,7 @@ def test_round_trip(place, tmp_path, request):
     info = snapshot.load_info(url)
     assert (info["kind"], info["step"], info["images_seen"], info["config"]) == ("ema", 500, 64000, "run: {}\n")
     assert (info["image_size"], info["channels"], info["null_label"], info["portable"]) == (16, 3, 4, True)
+    assert info["num_classes"] == 4
 
 
 def test_bytes_and_id_depend_on_contents_alone(tmp_path):
@@ -135,13 +136,16 @@ def test_diffusers_opens_ours(prediction, variance, tmp_path):
     for step, eps in zip(steps, noise, strict=True):
         expected = reverse.mean + reverse.variance.sqrt() * eps
         torch.testing.assert_close(step.prev_sample, expected.float(), rtol=1e-4, atol=1e-5)
+    pipeline.scheduler.set_timesteps(1000)
+    assert pipeline.scheduler.timesteps.tolist() == list(range(999, -1, -1))
     assert pipeline(batch_size=1, num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
 
 
-@pytest.mark.parametrize("schedule", ["scaled_linear", "quadratic", "cosine", "sigmoid"])
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "quadratic", "cosine", "sigmoid", "linear_to_zero"])
 def test_schedules_travel_exactly(schedule, tmp_path):
     """Ours come back bit for bit; diffusers, lacking most by name, reads them as trained_betas in float32."""
-    betas = make_betas(schedule, 200)
+    zero = schedule == "linear_to_zero"
+    betas = make_betas("linear" if zero else schedule, 200, 1e-3, 0.05, zero_terminal_snr=zero)
     save(f"file://{tmp_path}", GaussianDiffusion(betas, "v"))
     assert np.array_equal(snapshot.load_snapshot(f"file://{tmp_path}")[1].betas, betas)
     theirs = DDPMPipeline.from_pretrained(tmp_path).scheduler
@@ -155,6 +159,7 @@ def test_what_diffusers_lacks_is_marked_and_refused_there(prediction, variance, 
     info = snapshot.load_info(url)
     assert not info["portable"]
     assert "diffusers has no" in info["not_portable_because"]
+    assert snapshot.read_index(url)["_class_name"] == "DdpmDistPipeline"
     with pytest.raises(Exception, match=r"DdpmDist|ddpm_dist"):
         DDPMPipeline.from_pretrained(tmp_path)
     again, diffusion = snapshot.load_snapshot(url)
@@ -203,6 +208,10 @@ def test_a_foreign_id_is_of_its_contents(tmp_path):
     assert one == two
     edit(tmp_path / "b/scheduler/scheduler_config.json", variance_type="fixed_small")
     assert snapshot.snapshot_id(f"file://{tmp_path}/b") != one
+    for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
+        before = snapshot.snapshot_id(f"file://{tmp_path}/a")
+        (tmp_path / "a/unet" / name).write_bytes(b"other")
+        assert snapshot.snapshot_id(f"file://{tmp_path}/a") != before
 
 
 def test_the_first_hosted_layout_opens_here(tmp_path):
@@ -231,7 +240,19 @@ def test_the_first_hosted_layout_opens_here(tmp_path):
 
 @pytest.mark.parametrize(
     "key",
-    ["norm_eps", "flip_sin_to_cos", "downsample_padding", "freq_shift", "attention_head_dim", "norm_num_groups"],
+    [
+        "norm_eps",
+        "flip_sin_to_cos",
+        "downsample_padding",
+        "freq_shift",
+        "attention_head_dim",
+        "norm_num_groups",
+        "layers_per_block",
+        "act_fn",
+        "center_input_sample",
+        "mid_block_scale_factor",
+        "time_embedding_type",
+    ],
 )
 def test_a_setting_that_shapes_do_not_tell_must_be_there(key, tmp_path):
     foreign(tmp_path)
@@ -246,6 +267,14 @@ def test_a_setting_that_shapes_do_not_tell_must_be_there(key, tmp_path):
         ("unet/config.json", {"act_fn": "gelu"}, "act_fn is 'gelu'"),
         ("unet/config.json", {"time_embedding_type": "fourier"}, "time_embedding_type is 'fourier'"),
         ("unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type is 'timestep'"),
+        ("unet/config.json", {"center_input_sample": True}, "center_input_sample is True"),
+        ("unet/config.json", {"mid_block_scale_factor": 2}, "mid_block_scale_factor is 2"),
+        ("unet/config.json", {"mid_block_type": None}, "mid_block_type is None"),
+        ("unet/config.json", {"time_embedding_dim": 32}, "time_embedding_dim is 32"),
+        ("unet/config.json", {"downsample_padding": 2}, "downsample_padding is 2; known are 0, 1"),
+        ("unet/config.json", {"downsample_type": "fir"}, "downsample_type is 'fir'"),
+        ("unet/config.json", {"upsample_type": "fir"}, "upsample_type is 'fir'"),
+        ("unet/config.json", {"resnet_time_scale_shift": "ada_group"}, "resnet_time_scale_shift is 'ada_group'"),
         ("unet/config.json", {"down_block_types": ["DownBlock2D", "SkipDownBlock2D"]}, "'SkipDownBlock2D'"),
         ("unet/config.json", {"block_out_channels": [16]}, "differ in length"),
         ("unet/config.json", {"sample_size": [16, 24]}, r"sample_size is \[16, 24\] .*images are square"),
@@ -270,6 +299,14 @@ def test_configs_that_do_not_fit_are_refused_by_name(file, changes, message, tmp
         snapshot.load_snapshot(f"file://{tmp_path}")
 
 
+def test_swish_is_silu(tmp_path):
+    unet = foreign(tmp_path)
+    edit(tmp_path / "unet/config.json", act_fn="swish", time_embedding_dim=4 * unet.config.block_out_channels[0])
+    ours, _ = snapshot.load_snapshot(f"file://{tmp_path}")
+    x, t, _ = inputs(ours.config, 2)
+    assert distance(ours(x, t), unet(x, t).sample) < 1e-5
+
+
 def test_a_ddim_folder_lacks_the_variance(tmp_path):
     foreign(tmp_path, DDIMScheduler())
     with pytest.raises(SnapshotError, match="no variance_type; it isn't guessed"):
@@ -291,9 +328,42 @@ def test_damage_is_named(tmp_path):
     (tmp_path / snapshot.OURS).write_text("{")
     with pytest.raises(SnapshotError, match=r"ddpm_dist\.json: not JSON"):
         snapshot.load_info(url)
+    (tmp_path / snapshot.OURS).write_text('{"files": {}}')
+    with pytest.raises(SnapshotError, match="format None"):
+        snapshot.load_info(url)
     (tmp_path / snapshot.OURS).write_text('{"format": 99}')
     with pytest.raises(SnapshotError, match="format 99"):
         snapshot.load_info(url)
+
+
+@pytest.mark.parametrize("name", [snapshot.UNET_CONFIG, snapshot.SCHEDULER_CONFIG])
+def test_a_changed_config_is_damage(name, tmp_path):
+    save(f"file://{tmp_path}")
+    edit(tmp_path / name, norm_eps=1e-5, beta_end=0.03)
+    with pytest.raises(SnapshotError, match=rf"{name}: damaged"):
+        snapshot.load_snapshot(f"file://{tmp_path}")
+
+
+def test_parts_are_read_alone_but_of_a_whole_snapshot_only(tmp_path):
+    url = f"file://{tmp_path}"
+    unet = save(url, GaussianDiffusion(LINEAR, "v", "learned_range"))
+    assert snapshot.network_in(url) == unet.config
+    diffusion = snapshot.diffusion_in(url)
+    assert (diffusion.prediction, diffusion.variance, diffusion.timesteps) == ("v", "learned_range", 1000)
+    (tmp_path / snapshot.INDEX).unlink()
+    for read in (snapshot.network_in, snapshot.diffusion_in):
+        with pytest.raises(SnapshotError, match="not a snapshot"):
+            read(url)
+
+
+def test_weights_of_another_network_are_not_written(tmp_path):
+    unet, url = random_unet(tiny_config()), f"file://{tmp_path}"
+    state = unet.state_dict()
+    lacking = {name: value for name, value in state.items() if name != "conv_in.bias"}
+    for wrong in (lacking, state | {"extra": torch.zeros(1)}, state | {"conv_in.bias": torch.zeros(3)}):
+        with pytest.raises(SnapshotError, match=r"not written: .* 1 differ, the first is (conv_in\.bias|extra)"):
+            snapshot.save_snapshot(url, wrong, unet.config, GaussianDiffusion(LINEAR), {})
+    assert not storage.list_objects(url)
 
 
 def test_pickled_code_is_not_run(tmp_path):
@@ -317,6 +387,7 @@ def test_build_follows_the_recipe():
     other, _ = snapshot.build(parse_config(text, ["run.seed=6"]))
     assert (unet.config.in_channels, unet.config.out_channels) == (1, 2)
     assert (diffusion.timesteps, diffusion.variance) == (100, "learned_range")
+    assert snapshot.build(parse_config(text, ["diffusion.variance=learned"]))[0].config.out_channels == 2
     assert snapshot.build(parse_config(text, ["model.checkpoint_levels=[1]"]))[0].checkpoint_levels == {1}
     assert torch.equal(unet.conv_in.weight, same.conv_in.weight)
     assert not torch.equal(unet.conv_in.weight, other.conv_in.weight)

@@ -72,6 +72,37 @@ def test_variations_share_x_t_and_hold_the_original(curved):
     assert spread[0] > spread[1] > spread[2]
 
 
+def test_variations_begin_at_the_first_visited_time_not_above_t(curved):
+    diffusion = process()
+    network, settings = curved(diffusion), SamplingConfig(sampler="ddim", eta=0.5, steps=10)
+    arguments = {"seed": 2, "shape": SHAPE, "indices": torch.arange(5, 9)}
+    original = sample(network, diffusion, settings, **arguments)[2]
+    found = {t: variations(network, diffusion, settings, t=t, shared_index=7, **arguments) for t in (54, 55, 60, 66)}
+    for images in found.values():
+        torch.testing.assert_close(images[2], original, rtol=0, atol=1e-5)
+    assert torch.equal(found[60], found[55])  # visited are 99, 88, …, 66, 55, 44, …
+    assert not torch.equal(found[60], found[66])
+    assert not torch.equal(found[60], found[54])
+
+
+def test_labels_reach_the_network_in_every_evaluation():
+    diffusion, seen = process(20), []
+
+    def network(x, t, labels):
+        seen.append(labels.tolist())
+        return torch.zeros_like(x)
+
+    x, labels, indices = torch.zeros(2, *SHAPE), torch.tensor([2, 0]), torch.tensor([4, 7])
+    arguments = {"seed": 0, "indices": indices, "null_label": 3}
+    interpolate(network, diffusion, DDPM, x, x, t=10, shares=[0.2, 0.7], labels=labels, **arguments)
+    inpaint(network, diffusion, DDPM, x, x, jump_length=5, jump_n_sample=2, labels=labels, **arguments)
+    assert all(given == [2, 0] for given in seen)
+    assert len(seen) > 2 * 11 + 20
+    seen.clear()
+    variations(network, diffusion, DDPM, t=10, shared_index=1, shape=SHAPE, label=2, **arguments)
+    assert seen == [[2]] * 9 + [[2, 2]] * 11
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "heun", "dpmpp_2m", "unipc"])
 def test_variations_need_noise(curved, sampler):
     diffusion = process()
@@ -102,6 +133,33 @@ def test_repaint_visits_the_times_of_diffusers(steps, length, repeats):
     assert moves[-1] == (steps - 1, steps)
 
 
+def test_inpainting_is_repaints_algorithm_1(curved):
+    """Written out, with a fresh draw in each move; for a network that sees the known half from the other."""
+    diffusion, indices = process(12), torch.tensor([3, 8])
+    inner, a = curved(diffusion), diffusion.alphas_cumprod
+
+    def network(x, t, labels=None):
+        return inner((x + x.flip(-1)) / 2, t)
+
+    known = 1.6 * torch.rand(2, *SHAPE, generator=torch.Generator().manual_seed(0)) - 0.8
+    mask = torch.arange(6) < 3
+    x = rng.normal(4, Purpose.X_T, indices, SHAPE)
+    for number, (k, k_next) in enumerate(_repaint_plan(12, 4, 3)):
+        eps, t, t_next = rng.normal(4, Purpose.RENOISE, indices, SHAPE, step=number), 11 - k, 11 - k_next
+        if t_next > t:
+            x = (a[t_next] / a[t]) ** 0.5 * x + (1 - a[t_next] / a[t]) ** 0.5 * eps
+            continue
+        times = torch.full((2,), t)
+        reverse = diffusion.p_mean_variance(network(x, times), x, times, lambda image: image.clamp(-1, 1))
+        x = reverse.mean
+        if t > 0:
+            x = x + reverse.variance.sqrt() * rng.normal(4, Purpose.REVERSE, indices, SHAPE, step=number)
+        noisy = known if t == 0 else a[t_next] ** 0.5 * known + (1 - a[t_next]) ** 0.5 * eps
+        x = torch.where(mask, noisy, x).float()
+    found = inpaint(network, diffusion, DDPM, known, mask, seed=4, indices=indices, jump_length=4, jump_n_sample=3)
+    torch.testing.assert_close(found, x.clamp(-1, 1), rtol=0, atol=1e-5)
+
+
 def test_inpainting_keeps_what_is_known_and_draws_the_rest_from_its_conditional():
     """Pixels in pairs with correlation 0.9; the left ones are known. Exact eps, so the right ones must follow."""
     diffusion = process()
@@ -130,6 +188,7 @@ def test_inpainting_keeps_what_is_known_and_draws_the_rest_from_its_conditional(
         jump_n_sample=5,
     )
     assert (found[..., 0] == 0.5).all()
+    assert found.max() == 1  # a few of 2,000 were beyond
     right = found[..., 1]
     assert right.mean().item() == pytest.approx(0.45, abs=0.04)
     assert right.std().item() == pytest.approx(np.sqrt(0.25 * (1 - 0.81)), abs=0.04)
@@ -149,5 +208,8 @@ def test_bad_input(curved):
         inpaint(network, diffusion, DDPM, x, x, jump_length=0, **common)
     with pytest.raises(SamplingError, match="t is 100; the times of this process are 0 to 99"):
         interpolate(network, diffusion, DDPM, x, x, t=100, shares=[0.5], **common)
+    trailing = SamplingConfig(sampler="ddpm", steps=10, spacing="trailing")
+    with pytest.raises(SamplingError, match="t is 5; the sampler visits times from 99 down to 9"):
+        variations(network, diffusion, trailing, t=5, seed=0, shared_index=0, indices=torch.arange(2), shape=SHAPE)
     with pytest.raises(SamplingError, match="t is 100; the sampler visits times from 99 down to 0"):
         variations(network, diffusion, DDPM, t=100, seed=0, shared_index=0, indices=torch.arange(2), shape=SHAPE)

@@ -143,10 +143,12 @@ def test_clip_comes_before_the_mean():
     assert reverse.mean.item() == pytest.approx(diffusion.posterior_mean_coef1[100])
 
 
-def test_learned_range_reaches_from_the_posterior_to_beta():
-    diffusion = GaussianDiffusion(LINEAR, variance="learned_range")
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_learned_range_reaches_from_the_posterior_to_beta(schedule):
+    betas = make_betas(schedule, 1000)
+    diffusion = GaussianDiffusion(betas, variance="learned_range")
     t, x_t = torch.arange(1, 1000, 50), torch.zeros(20, 1, 1, 1, dtype=torch.float64)
-    for value, expected in ((-1, diffusion.posterior_variance), (1, LINEAR)):
+    for value, expected in ((-1, diffusion.posterior_variance), (1, betas)):
         output = torch.cat([x_t, torch.full_like(x_t, value)], dim=1)
         variance = diffusion.p_mean_variance(output, x_t, t).variance.flatten()
         np.testing.assert_allclose(variance, expected[1:1000:50], rtol=1e-9)
@@ -166,6 +168,24 @@ def test_network_in_bf16_leaves_the_state_in_float32():
     reverse = diffusion.p_mean_variance(torch.randn(2, 3, 4, 4).bfloat16(), x_t, t)
     assert {v.dtype for v in reverse} == {torch.float32}
     assert diffusion.q_sample(x_t.bfloat16(), t, x_t).dtype == torch.float32
+
+
+@pytest.mark.parametrize("variance", ["learned", "learned_range"])
+def test_learned_variance_in_bf16_is_widened_before_it_is_used(variance):
+    diffusion = GaussianDiffusion(LINEAR, variance=variance)
+    x_t, t = torch.randn(2, 3, 4, 4), torch.tensor([5, 900])
+    output = torch.randn(2, 6, 4, 4).bfloat16()
+    low, wide = (diffusion.p_mean_variance(o, x_t, t) for o in (output, output.float()))
+    assert {v.dtype for v in low} == {torch.float32}
+    assert torch.equal(low.log_variance, wide.log_variance)
+
+
+def test_constants_of_float64_images_are_float64_whatever_came_before():
+    diffusion, t = GaussianDiffusion(LINEAR), torch.arange(1000)
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        found = diffusion.at("alphas_cumprod", t, torch.zeros(1, dtype=dtype))
+        assert found.dtype == dtype
+        assert torch.equal(found, torch.tensor(diffusion.alphas_cumprod, dtype=dtype))
 
 
 def test_zero_terminal_snr_with_v_finds_the_image_from_pure_noise():
@@ -193,6 +213,28 @@ def test_from_config():
     diffusion = GaussianDiffusion.from_config(cfg)
     assert (diffusion.timesteps, diffusion.prediction, diffusion.learns_variance) == (20, "v", True)
     np.testing.assert_array_equal(diffusion.betas, make_betas("cosine", 20))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"beta_start": 1e-3, "beta_end": 0.05},
+        {"schedule": "given", "betas": (0.1, 0.2, 0.3)},
+        {"schedule": "linear", "zero_terminal_snr": True, "prediction": "v"},
+    ],
+    ids=["ends", "given", "zero_terminal_snr"],
+)
+def test_every_setting_of_the_betas_is_heard(settings):
+    cfg = DiffusionConfig(timesteps=3, **settings)
+    chosen = {name: value for name, value in settings.items() if name != "prediction"}
+    expected = make_betas(**{"schedule": "linear", "timesteps": 3, **chosen})
+    np.testing.assert_array_equal(GaussianDiffusion.from_config(cfg).betas, expected)
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_every_variance_is_heard(variance):
+    loss = "hybrid" if "learned" in variance else "simple"
+    assert GaussianDiffusion.from_config(DiffusionConfig(variance=variance, loss=loss)).variance == variance
 
 
 def test_names_are_the_configurations():

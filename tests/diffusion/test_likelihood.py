@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from ddpm_dist import rng
 from ddpm_dist.diffusion.gaussian import GaussianDiffusion
 from ddpm_dist.diffusion.likelihood import BitsPerDim, bits_per_dim, concatenate, rate_distortion
 from ddpm_dist.diffusion.schedules import make_betas
@@ -100,8 +101,28 @@ def test_noise_belongs_to_the_image_not_to_the_batch():
     x, network = images(7), exact_network(diffusion)
     whole = bits_per_dim(network, diffusion, x, seed=5, indices=torch.arange(7))
     parts = [bits_per_dim(network, diffusion, x[i : i + 1], seed=5, indices=torch.tensor([i])) for i in range(7)]
-    torch.testing.assert_close(concatenate(parts).terms, whole.terms, rtol=1e-5, atol=1e-8)
-    torch.testing.assert_close(concatenate(parts).total, whole.total, rtol=1e-5, atol=1e-8)
+    for name in ("prior", "terms", "x_start_mse", "eps_mse", "total"):
+        torch.testing.assert_close(
+            getattr(concatenate(parts), name), getattr(whole, name), rtol=1e-5, atol=1e-8, msg=name
+        )
+
+
+def test_each_t_has_its_own_noise_and_the_labels():
+    diffusion, seen = GaussianDiffusion(make_betas("linear", 20, 1e-3, 0.3)), []
+
+    def network(x_t, t, labels):
+        seen.append((x_t, t, labels))
+        return x_t
+
+    x, indices, labels = images(3), torch.tensor([4, 0, 9]), torch.tensor([2, 0, 1])
+    bits_per_dim(network, diffusion, x, seed=5, indices=indices, labels=labels)
+    assert len(seen) == 20
+    for time, (x_t, t, given) in enumerate(seen):
+        assert t.tolist() == [time] * 3
+        assert given is labels
+        eps = rng.normal(5, rng.Purpose.LIKELIHOOD, indices, (1, 4, 4), step=time)
+        a = diffusion.alphas_cumprod[time]
+        torch.testing.assert_close(x_t, a**0.5 * x + (1 - a) ** 0.5 * eps, rtol=0, atol=1e-6)
 
 
 def test_errors_of_the_estimates():
@@ -119,10 +140,27 @@ def test_errors_of_the_estimates():
     )
 
 
+@pytest.mark.parametrize("prediction", ["x_start", "v", "x_prev"])
+def test_errors_are_the_same_numbers_for_every_prediction(prediction):
+    """The same estimate, said otherwise; x_start is clipped and eps is not."""
+    x, found = images(7), []
+    for name in ("eps", prediction):
+        diffusion = GaussianDiffusion(make_betas("linear", 20, 1e-3, 0.3), name)
+
+        def network(x_t, t, labels, d=diffusion):
+            return d.from_x_start(1.5 * x_t / d.at("sqrt_alphas_cumprod", t, x_t), x_t, t, d.prediction)
+
+        found.append(bits_per_dim(network, diffusion, x, seed=5, indices=torch.arange(7)))
+    torch.testing.assert_close(found[1].eps_mse, found[0].eps_mse, rtol=1e-4, atol=0)
+    torch.testing.assert_close(found[1].x_start_mse, found[0].x_start_mse, rtol=1e-4, atol=1e-8)
+
+
 def test_rate_distortion_is_table_4s():
     """Reverse step r holds the prior's bits and those of the terms above t = T - r; all but the decoder's at T."""
-    terms = torch.tensor([[2.0, 0.5, 0.25, 0.125]], dtype=torch.float64)
-    mse = torch.tensor([[0.0001, 0.01, 0.04, 0.25]], dtype=torch.float64)
-    curve = rate_distortion(BitsPerDim(torch.tensor([0.001]).double(), terms, mse, mse))
+    terms = torch.tensor([[3.0, 1.0, 0.5, 0.25], [1.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    mse = torch.tensor([[0.0002, 0.02, 0.08, 0.5], [0.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    bits = BitsPerDim(torch.tensor([0.002, 0.0]).double(), terms, mse, mse)
+    assert bits.total.tolist() == pytest.approx([4.752, 1])
+    curve = rate_distortion(bits)
     torch.testing.assert_close(curve.rate, torch.tensor([0.001, 0.126, 0.376, 0.876], dtype=torch.float64))
     torch.testing.assert_close(curve.rmse, torch.tensor([63.75, 25.5, 12.75, 1.275], dtype=torch.float64))

@@ -7,6 +7,7 @@ import pytest
 import scipy.stats
 import torch
 
+from ddpm_dist import rng
 from ddpm_dist.config import DiffusionConfig
 from ddpm_dist.diffusion.gaussian import PREDICTIONS, GaussianDiffusion
 from ddpm_dist.diffusion.losses import (
@@ -22,6 +23,7 @@ from ddpm_dist.diffusion.losses import (
 )
 from ddpm_dist.diffusion.schedules import make_betas
 from ddpm_dist.errors import ConfigError
+from ddpm_dist.rng import Purpose
 
 T = 1000
 BETAS = make_betas("linear", T)
@@ -86,6 +88,20 @@ def test_weights_are_the_published_ones(prediction, weighting, expected):
     diffusion = GaussianDiffusion(BETAS, prediction)
     found = loss_weight(diffusion, torch.arange(T), DiffusionConfig(weighting=weighting))
     assert found.dtype == torch.float32
+    np.testing.assert_allclose(found, expected(diffusion.snr), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"weighting": "min_snr", "min_snr_gamma": 2.0}, lambda snr: np.minimum(snr, 2) / snr),
+        ({"weighting": "p2", "p2_gamma": 0.5}, lambda snr: (1 + snr) ** -0.5),
+        ({"weighting": "p2", "p2_k": 3.0, "p2_gamma": 2.0}, lambda snr: (3 + snr) ** -2.0),
+    ],
+)
+def test_weights_have_their_settings(settings, expected):
+    diffusion = GaussianDiffusion(BETAS)
+    found = loss_weight(diffusion, torch.arange(T), DiffusionConfig(**settings))
     np.testing.assert_allclose(found, expected(diffusion.snr), rtol=1e-5)
 
 
@@ -161,6 +177,21 @@ def test_hybrid_trains_the_mean_by_simple_and_the_variance_by_the_bound():
     assert not losses.terms["vlb"].requires_grad
 
 
+@pytest.mark.parametrize("loss", ["simple", "hybrid"])
+def test_the_weight_is_the_squared_errors_alone_and_not_in_the_log(loss):
+    x, eps, t, answer = batch()
+    variance = "learned_range" if loss == "hybrid" else "fixedlarge"
+    diffusion = GaussianDiffusion(BETAS, variance=variance)
+    output = torch.cat([answer, torch.zeros_like(answer)], dim=1) if loss == "hybrid" else answer
+    cfg = DiffusionConfig(loss=loss, variance=variance, weighting="min_snr", vlb_weight=0.5)
+    losses = training_losses(diffusion, lambda *_: output, x, t, eps, None, cfg)
+    mse = ((eps - answer) ** 2).mean(dim=(1, 2, 3))
+    torch.testing.assert_close(losses.terms["mse"], mse)
+    snr = torch.tensor(diffusion.snr[t])
+    bound = 0.5 * losses.terms["vlb"] if loss == "hybrid" else 0.0
+    torch.testing.assert_close(losses.loss, (snr.clamp(max=5) / snr * mse + bound).float())
+
+
 # The draw of t
 
 
@@ -173,6 +204,13 @@ def test_t_of_a_place_does_not_depend_on_the_ranks(kind):
     assert (weight == 1).all()
     assert not torch.equal(whole, draw_t(cfg, 5, 18, torch.arange(64), 64)[0])
     assert not torch.equal(whole, draw_t(cfg, 6, 17, torch.arange(64), 64)[0])
+
+
+def test_uniform_t_belongs_to_the_samples_number_in_the_run():
+    t, _ = draw_t(DiffusionConfig(), 5, 17, torch.arange(64), 64)
+    assert torch.equal(t, rng.integers(5, Purpose.T, 17 * 64 + torch.arange(64), T))
+    following, _ = draw_t(DiffusionConfig(), 5, 18, torch.arange(64), 64)
+    assert not torch.equal(t[1:], following[:-1])
 
 
 @pytest.mark.parametrize("kind", ["uniform", "stratified"])
@@ -213,9 +251,12 @@ def test_loss_second_moment_is_uniform_until_every_t_has_its_losses():
 
 
 def test_loss_second_moment_follows_the_last_losses():
-    history = warmed_history()
-    factors = np.array([1.2, 1.3, 1.4, 1.5])  # the last four repeats
-    root = np.sqrt((factors**2).mean()) * np.arange(1, 9)
+    """Of another spread at each t, and not as often at each, so that nothing cancels in the proportions."""
+    history, generator = LossHistory(8, per_t=4), np.random.default_rng(0)
+    losses = [generator.uniform(0, t + 1, size=4 + t) for t in range(8)]
+    for t, values in enumerate(losses):
+        history.update(torch.full((len(values),), t), torch.tensor(values))
+    root = np.array([np.sqrt((values[-4:] ** 2).mean()) for values in losses])
     np.testing.assert_allclose(history.probabilities(), root / root.sum() * 0.999 + 0.001 / 8, rtol=1e-6)
 
 
@@ -231,9 +272,12 @@ def test_loss_second_moment_is_unbiased():
 
 def test_history_travels_in_the_training_state():
     history, other = warmed_history(), LossHistory(8, 4)
-    other.load_state_dict(history.state_dict())
+    state = history.state_dict()
+    before = {name: value.clone() for name, value in state.items()}
     more = torch.tensor([3, 3, 5]), torch.tensor([0.1, 0.2, 0.3])
     history.update(*more)
+    assert all(torch.equal(value, before[name]) for name, value in state.items())  # it may be written meanwhile
+    other.load_state_dict(state)
     other.update(*more)
     np.testing.assert_array_equal(history.probabilities(), other.probabilities())
     with pytest.raises(ConfigError, match="timesteps"):
@@ -264,3 +308,12 @@ def test_label_dropout():
     assert torch.equal(found[5000:], drop_labels(labels[5000:], 10, 0.1, 0, 3, places[5000:], 20000))
     assert torch.equal(drop_labels(labels, 10, 0.0, 0, 3, places, 20000), labels)
     assert (drop_labels(labels, 10, 1.0, 0, 3, places, 20000) == 10).all()
+
+
+def test_label_dropout_differs_from_step_to_step_and_knows_nothing_of_t():
+    places, count = torch.arange(5000), 5000
+    labels = torch.zeros(count, dtype=torch.int64)
+    dropped = torch.stack([drop_labels(labels, 1, 0.5, 0, step, places, count) for step in (3, 4)]).double()
+    t = draw_t(DiffusionConfig(), 0, 3, places, count)[0].double()
+    correlation = torch.corrcoef(torch.stack([*dropped, t]))
+    assert (correlation - torch.eye(3)).abs().max() < 5 / math.sqrt(count)

@@ -108,6 +108,27 @@ def test_no_step_waits_for_the_device(curved, sampler, variance):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
+def test_x_start_of_a_step_is_the_estimate_where_it_began(curved, sampler):
+    diffusion, x, steps = process("v"), torch.randn(3, *SHAPE), []
+    draw(curved(diffusion), diffusion, sampler=sampler, clip="none", x_T=x, callback=steps.append)
+    if sampler == "unipc":  # corrects x after the estimate
+        del steps[1:]
+    for step in steps:
+        t = torch.full((3,), step.t)
+        expected = diffusion.to_x_start(curved(diffusion)(x, t), x, t)
+        torch.testing.assert_close(step.x_start, expected, rtol=0, atol=1e-5)
+        x = step.x
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_float64_start_is_gone_on_with_in_float32(curved, sampler):
+    diffusion, x_T = process(), torch.randn(3, *SHAPE)
+    images = draw(curved(diffusion), diffusion, sampler=sampler, x_T=x_T.double())
+    assert images.dtype == torch.float32
+    assert torch.equal(images, draw(curved(diffusion), diffusion, sampler=sampler, x_T=x_T))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_progressive_x_start_and_callback(curved, sampler):
     diffusion = process()
     steps = []
@@ -133,6 +154,22 @@ def test_chain_goes_on_from_any_visited_time(curved, sampler):
     torch.testing.assert_close(rest, whole, rtol=0, atol=1e-6)
     between = draw(network, diffusion, sampler=sampler, x_T=steps[3].x, t_start=t + 1, **eta)
     assert not torch.equal(between, whole)
+
+
+@pytest.mark.parametrize(("t_start", "number"), [(99, 0), (88, 1), (22, 7), (0, 9)])
+def test_steps_from_a_visited_time_keep_their_numbers_and_noise(curved, t_start, number):
+    diffusion = process()
+    network, x_T, steps = curved(diffusion), torch.randn(3, *SHAPE), []
+    draw(network, diffusion, sampler="ddpm", x_T=x_T, t_start=t_start, callback=steps.append)
+    times = [t_start, *(t for t in respace(diffusion, 10, "uniform").tolist() if t < t_start)]
+    assert [step.t for step in steps] == times
+    assert [step.k for step in steps] == list(range(number, number + len(times)))
+    if len(times) > 1:
+        a, b = diffusion.alphas_cumprod[times[:2]]
+        beta = 1 - a / b
+        mean = b**0.5 * beta / (1 - a) * steps[0].x_start + (1 - beta) ** 0.5 * (1 - b) / (1 - a) * x_T
+        noise = rng.normal(3, rng.Purpose.REVERSE, torch.arange(3), SHAPE, step=number)
+        torch.testing.assert_close(steps[0].x, (mean + beta**0.5 * noise).float(), rtol=0, atol=1e-5)
 
 
 # Guidance
@@ -178,6 +215,12 @@ def test_scales_0_and_1_are_no_class_and_no_guidance():
     torch.testing.assert_close(images.mean(dim=(1, 2, 3)), torch.full((3,), 0.2), rtol=0, atol=1e-5)
 
 
+def test_the_null_class_is_a_label():
+    diffusion, labels = process(), torch.tensor([4, 2, 4])
+    images = draw(Labelled(diffusion), diffusion, labels=labels, null_label=4)
+    torch.testing.assert_close(images.mean(dim=(1, 2, 3)), Labelled.VALUES[labels], rtol=0, atol=1e-5)
+
+
 def test_guidance_interval():
     diffusion = process()
     network = Labelled(diffusion)
@@ -185,14 +228,28 @@ def test_guidance_interval():
         network,
         diffusion,
         guidance_scale=2.0,
-        guidance_interval=(30, 60),
+        guidance_interval=(33, 66),
         labels=torch.tensor([1, 2, 3]),
         null_label=4,
     )
-    assert {t for size, t in network.calls if size == 6} == {
-        t for t in respace(process(), 10, "uniform") if 30 <= t <= 60
-    }
+    assert {t for size, t in network.calls if size == 6} == {33, 44, 55, 66}  # both ends belong to it
     assert len(network.calls) == 10
+
+
+def test_guidance_of_a_bf16_network_is_computed_in_float32():
+    diffusion = process()
+    labels = torch.tensor([1, 2, 3])
+    low, wide = (
+        draw(
+            lambda x, t, labels, widen=widen: widen(Labelled(diffusion)(x, t, labels).bfloat16()),
+            diffusion,
+            guidance_scale=1.5,
+            labels=labels,
+            null_label=4,
+        )
+        for widen in (lambda value: value, torch.Tensor.float)
+    )
+    assert torch.equal(low, wide)
 
 
 def test_guided_variance_is_the_conditional_ones():
@@ -215,6 +272,15 @@ def test_dynamic_threshold_equals_torch_quantile(quantile):
     torch.testing.assert_close(dynamic_threshold(x, quantile), torch.minimum(torch.maximum(x, -s), s) / s)
     small = x / 100
     torch.testing.assert_close(dynamic_threshold(small, quantile), small)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_images_lie_in_their_range_whatever_the_clipping(sampler):
+    steps = []
+    network = lambda x, t, labels: torch.full_like(x, 5.0)  # noqa: E731
+    images = draw(network, process("x_start"), sampler=sampler, clip="none", callback=steps.append)
+    assert (images == 1).all()
+    torch.testing.assert_close(steps[-1].x, torch.full_like(images, 5.0))
 
 
 # Respacing
@@ -247,6 +313,13 @@ def test_respacing_by_hand():
     assert respace(diffusion, 5, "uniform").tolist() == [999, 749, 500, 250, 0]
     assert respace(diffusion, 5, "quadratic").tolist() == [800, 450, 200, 50, 0]
     assert respace(process(timesteps=10), None, "quadratic").tolist() == list(range(9, -1, -1))
+
+
+@pytest.mark.parametrize("steps", [7, 30, 150])
+def test_trailing_is_diffusers(steps):
+    scheduler = DPMSolverMultistepScheduler(timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+    assert respace(process(timesteps=1000), steps, "trailing").tolist() == scheduler.timesteps.tolist()
 
 
 def test_quadratic_is_ddims():
@@ -285,6 +358,7 @@ def test_log_snr_is_even():
         ({"labels": torch.tensor([0, 1, 1])}, "the network knows no classes"),
         ({"null_label": 3}, "labels are missing"),
         ({"x_T": torch.zeros(3, 3, 8, 9)}, r"x_T has shape \(3, 3, 8, 9\); \(3, 3, 8, 8\) is needed"),
+        ({"x_T": torch.zeros(1, 3, 8, 8)}, r"x_T has shape \(1, 3, 8, 8\); \(3, 3, 8, 8\) is needed"),
         ({"t_start": 5}, "no x_T was given"),
         ({"t_start": 100, "x_T": torch.zeros(3, 3, 8, 8)}, "t_start is 100; the times .* are 0 to 99"),
         (

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.models.embeddings import get_timestep_embedding
 
 from ddpm_dist.config import ModelConfig
 from ddpm_dist.diffusion.gaussian import GaussianDiffusion
@@ -148,6 +149,28 @@ def test_sinusoids_are_the_papers():
     torch.testing.assert_close(timestep_embedding(torch.tensor(t), channels), torch.tensor(expected), rtol=0, atol=5e-5)
 
 
+@pytest.mark.parametrize(("flip", "shift"), [(False, 1), (True, 0)])
+def test_sinusoids_of_odd_width_are_diffusers(flip, shift):
+    t = torch.tensor([0, 1, 487, 999])
+    theirs = get_timestep_embedding(t, 7, flip_sin_to_cos=flip, downscale_freq_shift=shift)
+    torch.testing.assert_close(timestep_embedding(t, 7, flip, shift), theirs)
+
+
+def test_without_gradients_the_same_is_computed():
+    unet = random_unet(tiny_config(dropout=0.2)).eval()
+    x, t, _ = inputs(unet.config, 2)
+    with torch.no_grad():
+        plain = unet(x, t)
+    assert distance(plain, unet(x, t)) < 1e-6
+
+
+def test_settings_of_a_recipe_reach_the_network():
+    unet = UNet(tiny_config(norm_eps=1e-3, dropout=0.25, norm_groups=4))
+    norms = [module for module in unet.modules() if isinstance(module, torch.nn.GroupNorm)]
+    assert {(norm.eps, norm.num_groups) for norm in norms} == {(1e-3, 4)}
+    assert {module.p for module in unet.modules() if isinstance(module, torch.nn.Dropout)} == {0.25}
+
+
 def test_bf16_keeps_neighbouring_times_apart():
     """bf16 rounds 998 and 999 to one number, so the sinusoids must be computed before the cast."""
     config = tiny_config()
@@ -183,7 +206,10 @@ def test_labels_are_wanted_exactly_where_there_are_classes():
 def test_initialisation_is_xavier_uniform_with_vanishing_branches():
     unet = UNet(network_config("cifar10")).initialize(3)
     weights = unet.state_dict()
-    for name in ("conv_in", "down_blocks.1.resnets.0.conv1", "mid_block.attentions.0.to_q", "time_embedding.linear_2"):
+    for name in (
+        "conv_in", "down_blocks.1.resnets.0.conv1", "down_blocks.1.resnets.0.conv_shortcut",
+        "down_blocks.1.resnets.0.time_emb_proj", "mid_block.attentions.0.to_q", "time_embedding.linear_2",
+    ):  # fmt: skip
         weight = weights[f"{name}.weight"]
         fan_in, fan_out = torch.nn.init._calculate_fan_in_and_fan_out(weight)
         bound = math.sqrt(6 / (fan_in + fan_out))

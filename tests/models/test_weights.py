@@ -32,6 +32,7 @@ def test_official_variables_become_the_weights(ema):
     """A file with both kinds: each choice takes its own; the attention's [in, out] and HWIO are turned round."""
     averaged, raw = random_unet(THREE_LEVELS, 1), random_unet(THREE_LEVELS, 2)
     variables = official_variables(raw.state_dict(), THREE_LEVELS)
+    variables = {f"{name}:0" if "/mid/" in name else name: value for name, value in variables.items()}
     shadows = official_variables(averaged.state_dict(), THREE_LEVELS)
     variables |= {name + EMA_SUFFIX: value for name, value in shadows.items()}
     variables |= slots(variables["model/conv_in/W"].shape)
