@@ -84,7 +84,7 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    channels: Positive = 128
+    channels: Annotated[int, Field(ge=4)] = 128
     """Channels of the first level (ch)."""
     channel_mult: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2, 2, 2)
     num_res_blocks: Positive = 2
@@ -307,7 +307,8 @@ def _check_model(cfg: Config) -> None:
                 f"model.norm_groups: {model.norm_groups} doesn't divide the {model.channels * mult} channels "
                 f"of level {level}"
             )
-        if model.head_channels and model.channels * mult % model.head_channels:
+        attends = level == halvings or size >> level in model.attention_resolutions
+        if model.head_channels and attends and model.channels * mult % model.head_channels:
             raise ValueError(
                 f"model.head_channels: {model.head_channels} doesn't divide the {model.channels * mult} "
                 f"channels of level {level}"
@@ -373,6 +374,11 @@ def _check_sampling(cfg: Config) -> None:
         raise ValueError(
             f"sampling.eta: {sampling.eta} has no meaning for sampling.sampler: {sampling.sampler}; only ddim has eta, "
             "leave it out"
+        )
+    if sampling.guidance_interval and sampling.guidance_interval[1] >= d.timesteps:
+        raise ValueError(
+            f"sampling.guidance_interval: {list(sampling.guidance_interval)} reaches beyond the last t, "
+            f"{d.timesteps - 1}; give first and last t"
         )
     if d.ends_in_noise and sampling.steps and sampling.spacing == "quadratic":
         raise ValueError(

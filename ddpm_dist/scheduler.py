@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from ddpm_dist.diffusion.gaussian import GaussianDiffusion
-from ddpm_dist.diffusion.schedules import make_betas, rescale_zero_terminal_snr
+from ddpm_dist.diffusion.schedules import SCHEDULES, make_betas, rescale_zero_terminal_snr
 from ddpm_dist.errors import ConfigError, SnapshotError
 
 PREDICTIONS = {"eps": "epsilon", "x_start": "sample", "v": "v_prediction"}
@@ -41,7 +41,7 @@ def to_diffusers(diffusion: GaussianDiffusion) -> dict[str, Any]:
     betas = np.asarray(diffusion.betas, dtype=np.float64)
     start, end, steps = float(betas[0]), float(betas[-1]), len(betas)
     named = ("linear", "scaled_linear") if 0 < start <= end < 1 else ()
-    schedule = next((name for name in named if np.array_equal(make_betas(name, steps, start, end), betas)), None)
+    schedule = next((name for name in named if np.array_equal(SCHEDULES[name](steps, start, end), betas)), None)
     return {
         "_class_name": "DDPMScheduler" if portable(diffusion) is None else "DdpmDistScheduler",
         "beta_end": end if schedule else 0.02,
@@ -67,10 +67,10 @@ def from_diffusers(config: dict[str, Any], source: str) -> GaussianDiffusion:
 
     A missing prediction_type is epsilon: files without one are older than the choice.
     """
-    prediction = config.get("prediction_type", "epsilon")
+    prediction = str(config.get("prediction_type", "epsilon"))
     if prediction not in _READ_PREDICTIONS:
         raise SnapshotError(f"{source}: prediction_type is {prediction!r}; known are {', '.join(_READ_PREDICTIONS)}")
-    variance = _need(config, "variance_type", source)
+    variance = str(_need(config, "variance_type", source))
     if variance not in _READ_VARIANCES:
         raise SnapshotError(f"{source}: variance_type is {variance!r}; known are {', '.join(_READ_VARIANCES)}")
     try:
@@ -82,13 +82,23 @@ def from_diffusers(config: dict[str, Any], source: str) -> GaussianDiffusion:
 
 def _read_betas(config: dict[str, Any], source: str) -> np.ndarray:
     if config.get("trained_betas") is not None:
-        betas = np.asarray(config["trained_betas"], dtype=np.float64)
+        try:
+            betas = np.asarray(config["trained_betas"], dtype=np.float64)
+        except (TypeError, ValueError):
+            raise SnapshotError(f"{source}: trained_betas are not a list of numbers") from None
     else:
         name = _need(config, "beta_schedule", source)
-        if name not in _READ_SCHEDULES:
+        if str(name) not in _READ_SCHEDULES:
             known = ", ".join(_READ_SCHEDULES)
             raise SnapshotError(f"{source}: beta_schedule is {name!r}; known are {known}, and trained_betas")
         steps, start, end = (_need(config, key, source) for key in ("num_train_timesteps", "beta_start", "beta_end"))
+        for key, value, kind in (
+            ("num_train_timesteps", steps, int),
+            ("beta_start", start, float),
+            ("beta_end", end, float),
+        ):
+            if not isinstance(value, (int, kind)) or isinstance(value, bool):
+                raise SnapshotError(f"{source}: {key} is {value!r}; a number is needed")
         betas = make_betas(_READ_SCHEDULES[name], steps, start, end)
     return rescale_zero_terminal_snr(betas) if config.get("rescale_betas_zero_snr") else betas
 

@@ -207,9 +207,13 @@ def parse_weights(data: bytes, source: str) -> dict[str, Tensor]:
     try:
         if source.endswith(".safetensors"):
             return dict(safetensors.torch.load(data))
-        return dict(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
+        found = dict(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
     except Exception as error:  # both parsers raise what they like on foreign bytes
-        raise SnapshotError(f"{source}: no weights can be read from it: {error}") from None
+        why = str(error).partition("\n")[0]
+        raise SnapshotError(f"{source}: no weights can be read from it: {why}") from None
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()):
+        raise SnapshotError(f"{source}: not a state dict: it holds other things than tensors by name")
+    return found
 
 
 def _check_weights(state: Mapping[str, Tensor], config: UNetConfig, url: str) -> None:

@@ -31,7 +31,7 @@ from ddpm_dist.errors import ConfigError, SnapshotError
 from ddpm_dist.models.unet import UNet
 from ddpm_dist.models.weights import from_official, load_into
 from ddpm_dist.recipe import load_config
-from ddpm_dist.snapshot import build, load_info, load_snapshot, save_snapshot
+from ddpm_dist.snapshot import INDEX, build, load_info, load_snapshot, save_snapshot
 
 CHECKSUM_RTOL = 1e-3
 """Agreement asked of --checksum: float32 on another machine differs by about 1e-5."""
@@ -41,13 +41,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_intermixed_args(argv)
     if args.source.rstrip("/") == args.destination.rstrip("/"):
         raise ConfigError(f"{args.destination}: source and destination are the same; give another folder")
+    if storage.exists(storage.join(args.destination, INDEX)):
+        raise ConfigError(
+            f"{args.destination}: holds a snapshot already; give another folder, or delete that one first"
+        )
     if args.source.endswith(".npz"):
-        unet, diffusion = read_npz(args.source, args.config, args.overrides, args.weights == "ema")
-        info = {"kind": args.weights, "null_label": None}
+        kind = args.weights or "ema"
+        unet, diffusion = read_npz(args.source, args.config, args.overrides, kind == "ema")
+        info = {"kind": kind, "null_label": None}
     else:
+        if args.config or args.weights or args.overrides:
+            raise ConfigError("--config, --weights and overrides are for an .npz; a folder says itself what it holds")
         unet, diffusion = load_snapshot(args.source)
         info = {key: value for key, value in load_info(args.source).items() if key in ("kind", "null_label", "config")}
     expected = output_checksum(unet, diffusion.timesteps)
+    if not np.isfinite(expected).all():
+        raise SnapshotError(f"{args.source}: the network's output on a fixed input is not finite; are its weights?")
     if args.checksum and not np.allclose(args.checksum, expected, rtol=CHECKSUM_RTOL, atol=1e-6):
         raise SnapshotError(f"{args.source}: output checksum {_show(expected)}; --checksum is {_show(args.checksum)}")
     info |= {"converted_from": storage.redact(args.source), "output_checksum": expected}
@@ -66,9 +75,10 @@ def read_npz(url: str, recipe: str | None, overrides: Sequence[str], ema: bool) 
     try:
         with np.load(io.BytesIO(storage.read(url)), allow_pickle=False) as arrays:
             variables = {name: arrays[name] for name in arrays.files}
-    except (ValueError, zipfile.BadZipFile) as error:
-        raise SnapshotError(f"{storage.redact(url)}: not an .npz of plain arrays: {error}") from None
-    load_into(unet, from_official(variables, unet.config, ema), storage.redact(url))
+        weights = from_official(variables, unet.config, ema)
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile):
+        raise SnapshotError(f"{storage.redact(url)}: not an .npz of plain arrays of numbers, by name") from None
+    load_into(unet, weights, storage.redact(url))
     return unet.eval(), diffusion
 
 
@@ -99,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("source", help="URL of a diffusers folder or of an .npz")
     parser.add_argument("destination", help="URL of the snapshot's folder")
     parser.add_argument("--config", metavar="FILE", help="recipe of an .npz")
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="which variables of an .npz")
+    parser.add_argument("--weights", choices=("ema", "raw"), help="which variables of an .npz; ema if not given")
     parser.add_argument("--checksum", type=float, nargs=4, metavar="NUMBER", help="what the output must give")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of --config")
     return parser

@@ -139,6 +139,10 @@ def make_denoiser(
     low, high = settings.guidance_interval or (0, diffusion.timesteps - 1)
     if low > high:
         raise SamplingError(f"sampling.guidance_interval: [{low}, {high}] is empty; give first and last t")
+    if high >= diffusion.timesteps:
+        raise SamplingError(
+            f"sampling.guidance_interval: [{low}, {high}] reaches beyond the last t, {diffusion.timesteps - 1}"
+        )
     if scale != 1 and (labels is None or null_label is None):
         raise SamplingError(
             f"sampling.guidance_scale: {scale} needs a class-conditional network with a null class, and labels; "
@@ -171,7 +175,10 @@ def check_labels(labels: Tensor | None, null_label: int | None, batch: int) -> N
             )
         return
     if null_label is None:
-        raise SamplingError("labels were given, but the network knows no classes; leave them out")
+        raise SamplingError(
+            "labels were given, but no null_label: leave them out for an unconditional network; for another, it is the "
+            "number of classes"
+        )
     if labels.dtype != torch.int64 or tuple(labels.shape) != (batch,):
         raise SamplingError(
             f"labels have shape {tuple(labels.shape)} and dtype {labels.dtype}; one int64 for each of the {batch} "

@@ -36,6 +36,11 @@ def interpolate(
     x_a, x_b: [B,C,H,W] in [-1, 1]. Both are diffused to time t (the paper: 500) independently, mixed as
     (1 - share) x_a + share x_b, and denoised from t on. All noise is the same for every share, as in the paper.
     """
+    if x_a.shape != x_b.shape or len(x_a) != len(indices) or not len(shares):
+        raise SamplingError(
+            f"x_a has shape {tuple(x_a.shape)}, x_b {tuple(x_b.shape)}, for {len(indices)} indices and {len(shares)} "
+            "shares; one image on either side for each index is needed, and at least one share"
+        )
     shape = (x_a.shape[1], x_a.shape[2], x_a.shape[3])
     times = _time(t, diffusion).expand(len(x_a)).to(x_a.device)
     end_a, end_b = (
@@ -80,7 +85,8 @@ def variations(
     """Images that share x_t and differ in the noise after it (Ho et al. 2020, figure 7): [B,C,H,W] in [-1, 1].
 
     x_t is that of image `shared_index` at the first visited time not above t; the rest of image i's chain has
-    the noise of index i. So where shared_index is among the indices, its own image is among the results.
+    the noise of index i. So where shared_index is among the indices, its own image is among the results (but for
+    dpmpp_2m_sde, whose second order begins anew at x_t).
     """
     if not (settings.sampler in ("ddpm", "dpmpp_2m_sde") or (settings.sampler == "ddim" and settings.eta)):
         raise ConfigError(
@@ -144,6 +150,11 @@ def inpaint(
         raise ConfigError(f"sampling.sampler: {settings.sampler}; inpainting resamples the ancestral chain, use ddpm")
     if jump_length < 1 or jump_n_sample < 1:
         raise SamplingError(f"jump_length is {jump_length} and jump_n_sample {jump_n_sample}; both must be at least 1")
+    if len(known) != len(indices) or np.broadcast_shapes(tuple(mask.shape), tuple(known.shape)) != tuple(known.shape):
+        raise SamplingError(
+            f"known has shape {tuple(known.shape)} and mask {tuple(mask.shape)} for {len(indices)} indices; one image "
+            "for each index is needed, and a mask that broadcasts against them"
+        )
     device, shape = known.device, (known.shape[1], known.shape[2], known.shape[3])
     chain, _ = make_chain(network, diffusion, settings, seed, indices, shape, labels, null_label, device)
     step = ancestral_step(chain)

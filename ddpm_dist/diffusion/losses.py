@@ -207,7 +207,8 @@ class LossHistory:
         return {"losses": torch.from_numpy(self.losses.copy()), "counts": torch.from_numpy(self.counts.copy())}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        losses, counts = (state[key].numpy().copy() for key in ("losses", "counts"))
+        # A state is JSON, of which a reader may make float32: with that the probabilities would differ after a resume.
+        losses, counts = state["losses"].double().numpy().copy(), state["counts"].long().numpy().copy()
         if losses.shape != self.losses.shape:
             raise ConfigError(
                 f"diffusion.timesteps: the history of losses has shape {losses.shape}, this run needs "

@@ -57,10 +57,11 @@ def sample(
     """Images from noise: [B,C,H,W] float32 in [-1, 1].
 
     indices: [B] int64, the numbers of the images; with the seed they fix all noise, whatever batch they are in.
-    shape: (C, H, W). labels: [B] int64 in 0..null_label (the network's last class, which means none), or None for
-    an unconditional network, whose null_label is None. x_T: [B,C,H,W] to start from instead of fresh noise.
-    t_start: the time that x_T belongs to, visited first; the plan's later times follow, with the noise that they
-    have in an unbroken chain. callback: gets a Step after each step.
+    shape: (C, H, W). labels: [B] int64 in 0..null_label, or None for an unconditional network, whose null_label is
+    None. null_label: the number of classes, which as a label means none (a network without a null class refuses it).
+    x_T: [B,C,H,W] to start from instead of fresh noise. t_start: the time that x_T belongs to, visited first; the
+    plan's later times follow, with the noise that they have in an unbroken chain (if t_start is above them all, it
+    takes the first one's noise, and each the next one's). callback: gets a Step after each step.
     Raises ConfigError or SamplingError if the settings don't fit the process, the network or each other.
     """
     images = x_T
@@ -169,4 +170,4 @@ def _from_time(times: Times, t_start: int | None, diffusion: GaussianDiffusion) 
     if not 0 <= t_start < diffusion.timesteps:
         raise SamplingError(f"t_start is {t_start}; the times of this process are 0 to {diffusion.timesteps - 1}")
     later = times[times < t_start]
-    return np.concatenate([[t_start], later]), len(times) - len(later) - int(t_start in times)
+    return np.concatenate([[t_start], later]), max(0, len(times) - len(later) - 1)

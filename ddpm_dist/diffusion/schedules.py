@@ -47,16 +47,32 @@ def make_betas(
 
 
 def check_betas(betas: ArrayLike) -> Float64s:
-    """`betas` as float64 [T]; raises ConfigError unless all are in (0, 1) (the last may be 1)."""
+    """`betas` as float64 [T]; raises ConfigError unless all are in (0, 1) (the last may be 1) and alpha_bar lasts."""
     values = np.array(betas, np.float64)
     if values.ndim != 1 or not len(values):
         raise ConfigError(f"diffusion.betas: expected a list of numbers, got an array of shape {values.shape}")
-    wrong = ~((values > 0) & (values <= 1))
+    wrong = ~((values > 0) & (values <= 1) & (1 - values < 1))
     wrong[:-1] |= values[:-1] == 1
     if wrong.any():
         t = int(wrong.argmax())
-        raise ConfigError(f"diffusion.betas: beta[{t}] is {values[t]}; all must lie in (0, 1), the last in (0, 1]")
-    return values
+        tiny = ", and not vanish beside 1 in float64" if 0 < values[t] < 1 else ""
+        raise ConfigError(
+            f"diffusion.betas: beta[{t}] is {values[t]}; all must lie in (0, 1), the last in (0, 1]{tiny}"
+        )
+    return _check_signal(values)
+
+
+def _check_signal(betas: Float64s) -> Float64s:
+    """The betas; raises ConfigError if sqrt(alpha_bar) leaves float32's range, but for a last beta of 1."""
+    vanished = np.sqrt(np.cumprod(1 - betas)) < np.finfo(np.float32).tiny
+    vanished[-1] &= betas[-1] < 1
+    if vanished.any():
+        raise ConfigError(
+            f"diffusion.timesteps: {len(betas)} with these betas are too many: from t = {int(vanished.argmax())} on, "
+            "alpha_bar vanishes in float32; make the betas smaller (diffusion.beta_end in proportion to 1 / timesteps) "
+            "or the timesteps fewer"
+        )
+    return betas
 
 
 def linear(timesteps: int, beta_start: float, beta_end: float) -> Float64s:
@@ -108,7 +124,7 @@ def rescale_zero_terminal_snr(betas: ArrayLike) -> Float64s:
     values = np.asarray(betas, np.float64)
     if len(values) < 2:
         raise ConfigError("diffusion.zero_terminal_snr: needs at least 2 diffusion.timesteps")
-    root = np.sqrt(np.cumprod(1 - values))
+    root = np.sqrt(np.cumprod(1 - _check_signal(values)))
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     alphas_cumprod = root**2
     alphas = np.concatenate([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]])

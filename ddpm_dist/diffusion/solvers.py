@@ -5,7 +5,7 @@ A sampler is a generator sampler(chain, x) over the chain's visited times. After
 multiplies by is computed before the first step, in float64, and lies on the device: a step never waits for one.
 
 Notation: x_t = alpha x_0 + sigma eps, lambda = log(alpha / sigma); "next" is the time that a step goes to.
-All but the ancestral sampler handle a first time without signal (lambda = -inf) and end at x_0 (lambda = inf).
+All handle a first time without signal (lambda = -inf) and end at x_0 (lambda = inf).
 """
 
 import math

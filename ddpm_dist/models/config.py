@@ -1,9 +1,12 @@
 """Which U-Net: a frozen description in the vocabulary of diffusers' `UNet2DModel`, and its reading and writing."""
 
+import json
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
-from ddpm_dist.config import ModelConfig
+from pydantic import Field, TypeAdapter, ValidationError
+
+from ddpm_dist.config import Below1, ModelConfig, Positive
 from ddpm_dist.errors import SnapshotError
 
 DOWN_BLOCKS = {"plain": "DownBlock2D", "attention": "AttnDownBlock2D", "resblock": "ResnetDownsampleBlock2D"}
@@ -21,18 +24,18 @@ class UNetConfig:
     `num_class_embeds`: rows of the class embedding, the null class included; none: unconditional.
     """
 
-    sample_size: int
-    in_channels: int
-    out_channels: int
-    block_out_channels: tuple[int, ...]
+    sample_size: Positive
+    in_channels: Positive
+    out_channels: Positive
+    block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1)]
     down_block_types: tuple[str, ...]
     up_block_types: tuple[str, ...]
-    layers_per_block: int = 2
-    attention_head_dim: int | None = None
-    norm_num_groups: int = 32
-    attn_norm_num_groups: int | None = None
-    norm_eps: float = 1e-6
-    dropout: float = 0.0
+    layers_per_block: Positive = 2
+    attention_head_dim: Positive | None = None
+    norm_num_groups: Positive = 32
+    attn_norm_num_groups: Positive | None = None
+    norm_eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-6
+    dropout: Below1 = 0.0
     downsample_padding: int = 0
     downsample_type: str = "conv"
     upsample_type: str = "conv"
@@ -40,7 +43,7 @@ class UNetConfig:
     freq_shift: int = 1
     resnet_time_scale_shift: str = "default"
     add_attention: bool = True
-    num_class_embeds: int | None = None
+    num_class_embeds: Positive | None = None
 
     @classmethod
     def from_recipe(cls, model: ModelConfig, image_size: int, channels: int, learned_variance: bool) -> "UNetConfig":
@@ -107,19 +110,25 @@ class UNetConfig:
             value = config.get(name, supported)
             if value != supported and not (name == "act_fn" and value == "swish"):
                 raise SnapshotError(f"{source}: {name} is {value!r}; this network knows {supported!r} only")
-        if config.get("time_embedding_dim") not in (None, 4 * config["block_out_channels"][0]):
-            raise SnapshotError(f"{source}: time_embedding_dim is {config['time_embedding_dim']!r}; known is null only")
-        known = {field.name for field in fields(cls)}
-        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
+        if not isinstance(config["sample_size"], int):
+            raise SnapshotError(
+                f"{source}: sample_size is {config['sample_size']!r}; images are square, give their height in pixels"
+            )
+        given = {field.name: config[field.name] for field in fields(cls) if field.name in config}
         try:
-            return cls(**given).checked()
-        except (TypeError, ValueError) as error:
+            found = TypeAdapter(cls).validate_json(json.dumps(given), strict=True).checked()
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            key = ".".join(str(part) for part in wrong["loc"])
+            raise SnapshotError(f"{source}: {key} is {wrong['input']!r}: {wrong['msg']}") from None
+        except ValueError as error:
             raise SnapshotError(f"{source}: {error}") from None
+        if config.get("time_embedding_dim") not in (None, found.time_embed_dim):
+            raise SnapshotError(f"{source}: time_embedding_dim is {config['time_embedding_dim']!r}; known is null only")
+        return found
 
     def checked(self) -> "UNetConfig":
         """Itself; ValueError naming the first setting that can't be."""
-        if not isinstance(self.sample_size, int):
-            raise ValueError(f"sample_size is {self.sample_size!r}; images are square, give their height in pixels")
         if not len(self.block_out_channels) == len(self.down_block_types) == len(self.up_block_types):
             raise ValueError(
                 f"block_out_channels {self.block_out_channels}, down_block_types {self.down_block_types} and "
@@ -132,12 +141,24 @@ class UNetConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; known are {', '.join(map(repr, choices))}")
+        if self.sample_size % 2 ** (self.levels - 1):
+            raise ValueError(f"sample_size is {self.sample_size}, which can't be halved {self.levels - 1} times")
+        if self.block_out_channels[0] // 2 <= self.freq_shift:
+            raise ValueError(f"block_out_channels: {self.block_out_channels[0]} are too few for the sinusoids of t")
         for channels in self.block_out_channels:
-            for name in ("norm_num_groups", "attention_head_dim"):
-                divisor = getattr(self, name)
-                if divisor and channels % divisor:
-                    raise ValueError(f"{name}: {divisor} doesn't divide {channels} of block_out_channels")
+            if channels % self.norm_num_groups:
+                raise ValueError(f"norm_num_groups: {self.norm_num_groups} doesn't divide {channels} channels")
+        for channels in self.attention_channels:
+            if self.attention_head_dim and channels % self.attention_head_dim:
+                raise ValueError(f"attention_head_dim: {self.attention_head_dim} doesn't divide {channels} channels")
         return self
+
+    @property
+    def attention_channels(self) -> list[int]:
+        """Channels of the levels that have attention, on either way, and of the middle."""
+        ways = zip(self.block_out_channels, self.down_block_types, reversed(self.up_block_types), strict=True)
+        levels = [channels for channels, *kinds in ways if any(kind.startswith("Attn") for kind in kinds)]
+        return levels + [self.block_out_channels[-1]] * self.add_attention
 
 
 _FIXED: dict[str, Any] = {

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ddpm_dist.models.arithmetic import Conv2d, Linear, UpsamplingConv2d, attention
 
@@ -80,6 +81,7 @@ class _GroupNormSiLU(torch.autograd.Function):
         return F.silu(F.group_norm(x, groups, weight, bias, eps))
 
     @staticmethod
+    @once_differentiable  # inputs are detached: a second derivative would be wrong in silence
     def backward(ctx: Any, *grads: Tensor) -> Any:
         inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
         with torch.enable_grad():

@@ -81,12 +81,13 @@ class UNet(nn.Module):
 
         Level 0 is the full resolution, the last one includes the middle. What is computed stays the same.
         """
-        beyond = sorted(set(levels) - set(range(self.config.levels)))
+        levels = frozenset(levels)
+        beyond = sorted(levels - set(range(self.config.levels)))
         if beyond:
             raise ConfigError(
                 f"model.checkpoint_levels: {beyond[0]} is not among the levels 0..{self.config.levels - 1}"
             )
-        self.checkpoint_levels = frozenset(levels)
+        self.checkpoint_levels = levels
         return self
 
     def initialize(self, seed: int) -> "UNet":

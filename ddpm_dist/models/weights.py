@@ -48,6 +48,8 @@ def load_into(unet: UNet, weights: Mapping[str, Tensor], source: str) -> None:
             raise SnapshotError(
                 f"{source}: {name} has the shape {tuple(weights[name].shape)}; its config makes it {shape}"
             )
+        if not weights[name].is_floating_point():
+            raise SnapshotError(f"{source}: {name} holds {weights[name].dtype}; weights are floating-point numbers")
     unet.load_state_dict(weights)
 
 

@@ -137,7 +137,8 @@ class Training:
         self.goodput.resume(meta["saved_at"], last_sign_at, self.store.attempt - 1)
         self.skipped.total = meta["skipped_steps"]
         if self.history is not None and meta["loss_history"] is not None:
-            self.history.load_state_dict({name: torch.tensor(v) for name, v in meta["loss_history"].items()})
+            exact = {name: torch.tensor(v, dtype=torch.float64) for name, v in meta["loss_history"].items()}
+            self.history.load_state_dict(exact)
         step = int(meta["step"])
         self.window = Window(step, meta.get("bad_samples", 0))
         log.info(

@@ -1,5 +1,6 @@
 """Losses against torch.distributions, scipy and the published weight formulas; the draw of t."""
 
+import json
 import math
 
 import numpy as np
@@ -317,3 +318,15 @@ def test_label_dropout_differs_from_step_to_step_and_knows_nothing_of_t():
     t = draw_t(DiffusionConfig(), 0, 3, places, count)[0].double()
     correlation = torch.corrcoef(torch.stack([*dropped, t]))
     assert (correlation - torch.eye(3)).abs().max() < 5 / math.sqrt(count)
+
+
+def test_history_is_exact_after_json():
+    """As a resumed run reads it: the probabilities are the same bits, not float32's."""
+    history = warmed_history()
+    state = json.loads(json.dumps({name: values.tolist() for name, values in history.state_dict().items()}))
+    other = LossHistory(8, 4)
+    other.load_state_dict({name: torch.tensor(values) for name, values in state.items()})
+    assert history.losses.astype(np.float32).tolist() == other.losses.tolist()
+    assert other.probabilities().dtype == np.float64
+    assert other.losses.dtype == history.losses.dtype
+    assert other.counts.dtype == history.counts.dtype

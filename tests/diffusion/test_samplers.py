@@ -355,7 +355,7 @@ def test_log_snr_is_even():
         ({"labels": torch.tensor([0, -1, 1]), "null_label": 3}, "label -1 is out of range"),
         ({"labels": torch.tensor([0, 1]), "null_label": 3}, r"labels have shape \(2,\).* each of the 3 images"),
         ({"labels": torch.tensor([0.0, 1.0, 1.0]), "null_label": 3}, "dtype torch.float32; one int64"),
-        ({"labels": torch.tensor([0, 1, 1])}, "the network knows no classes"),
+        ({"labels": torch.tensor([0, 1, 1])}, "no null_label: leave them out"),
         ({"null_label": 3}, "labels are missing"),
         ({"x_T": torch.zeros(3, 3, 8, 9)}, r"x_T has shape \(3, 3, 8, 9\); \(3, 3, 8, 8\) is needed"),
         ({"x_T": torch.zeros(1, 3, 8, 8)}, r"x_T has shape \(1, 3, 8, 8\); \(3, 3, 8, 8\) is needed"),

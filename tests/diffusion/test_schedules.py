@@ -97,3 +97,14 @@ def test_every_name_of_the_configuration_exists():
 def test_bad_input(arguments, words):
     with pytest.raises(ConfigError, match=words):
         make_betas(**arguments)
+
+
+def test_the_signal_may_not_vanish():
+    """1 / sqrt(alpha_bar) overflows float32 from about 17,500 times on with the paper's ends."""
+    assert len(make_betas("linear", 17_000)) == 17_000
+    for zero in (False, True):
+        with pytest.raises(ConfigError, match=r"diffusion\.timesteps: 100000 .* too many: from t = \d+ on"):
+            make_betas("linear", 100_000, zero_terminal_snr=zero)
+    assert len(make_betas("linear", 100_000, 1e-6, 2e-4)) == 100_000
+    with pytest.raises(ConfigError, match=r"beta\[0\] is 1e-18.*not vanish beside 1"):
+        make_betas("given", 2, betas=[1e-18, 0.1])

@@ -14,7 +14,7 @@ from ddpm_dist.diffusion.gaussian import GaussianDiffusion
 from ddpm_dist.diffusion.schedules import make_betas
 from ddpm_dist.errors import ConfigError
 from ddpm_dist.models.config import UNetConfig
-from ddpm_dist.models.layers import timestep_embedding
+from ddpm_dist.models.layers import GroupNormSiLU, timestep_embedding
 from ddpm_dist.models.unet import UNet
 from ddpm_dist.snapshot import load_snapshot, save_snapshot
 from tests.models.networks import distance, inputs, random_unet, randomize, tiny_config
@@ -303,3 +303,21 @@ def test_compiled_network_agrees(backend, dtype):
     for name, eager, compiled in zip(["output", *dict(unet.named_parameters())], *results, strict=True):
         if not name.endswith("to_k.bias"):
             assert distance(compiled, eager) < tolerance, name
+
+
+def test_a_second_derivative_is_refused_and_not_wrong():
+    x = torch.randn(1, 4, 3, 3, requires_grad=True)
+    (gradient,) = torch.autograd.grad((GroupNormSiLU(2, 4)(x) ** 2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.grad((gradient**2).sum(), x)
+
+
+def test_levels_to_recompute_may_be_any_iterable():
+    assert random_unet(tiny_config()).checkpoint(level for level in (0, 1)).checkpoint_levels == {0, 1}
+
+
+def test_a_head_has_to_divide_levels_with_attention_alone():
+    config = tiny_config(channels=24, norm_groups=8, attention_resolutions=(8,), head_channels=16)
+    assert config.checked().attention_channels == [48, 48]
+    with pytest.raises(ValueError, match="attention_head_dim: 16 doesn't divide 24"):
+        tiny_config(channels=24, norm_groups=8, attention_resolutions=(16,), head_channels=16).checked()
