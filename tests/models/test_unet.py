@@ -309,7 +309,7 @@ def test_a_second_derivative_is_refused_and_not_wrong():
     x = torch.randn(1, 4, 3, 3, requires_grad=True)
     (gradient,) = torch.autograd.grad((GroupNormSiLU(2, 4)(x) ** 2).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
-        torch.autograd.grad((gradient**2).sum(), x)
+        (gradient**2).sum().backward()
 
 
 def test_levels_to_recompute_may_be_any_iterable():
