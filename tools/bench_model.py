@@ -354,9 +354,9 @@ def measure(precision: str, args: argparse.Namespace, shapes: Counter[ConvShape]
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--batch", type=int, default=16, help="images in a step")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch", type=cli.positive, default=16, help="images in a step")
+    parser.add_argument("--threads", type=cli.positive, default=os.cpu_count())
+    parser.add_argument("--rounds", type=cli.positive, default=7)
     parser.add_argument("--compile", action="store_true", help="a third side: ours with model.compile")
     parser.add_argument(
         "--cpu-time", action="store_true", help="count this process's processor seconds: where others work as well"

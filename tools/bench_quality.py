@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -33,8 +33,8 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ddpm_dist import snapshot  # noqa: E402
-from ddpm_dist.config import DiffusionConfig, SamplingConfig  # noqa: E402
+from ddpm_dist import cli, snapshot  # noqa: E402
+from ddpm_dist.config import Config, DiffusionConfig, SamplingConfig  # noqa: E402
 from ddpm_dist.data.stream import iterate  # noqa: E402
 from ddpm_dist.diffusion.gaussian import GaussianDiffusion  # noqa: E402
 from ddpm_dist.diffusion.samplers import sample  # noqa: E402
@@ -64,9 +64,12 @@ class Bench:
         return c, h, w
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Trains each arm for each seed, alternating, and prints the table."""
-    args = _arguments()
+    args = _arguments(argv)
+    for arm, settings in _arms(args).values():
+        if arm == "ours":
+            _config(args, settings, "file:///run", "file:///data")  # a mistake is said before the work
     with tempfile.TemporaryDirectory(prefix="ddpm-quality-", ignore_cleanup_errors=True) as work:
         _measure(args, Path(work))
 
@@ -81,7 +84,7 @@ def _measure(args: argparse.Namespace, work: Path) -> None:
     kept = _kept(args.results)
     for seed in args.seeds:
         for name, (arm, settings) in _arms(args).items():
-            key = json.dumps([args.data, args.recipe, args.images, seed, name, settings, args.override])
+            key = json.dumps([args.data, args.recipe, args.images, bench.samples, seed, name, settings, args.override])
             if key not in kept:
                 start = time.perf_counter()
                 kept[key] = judge(ARMS[arm](bench, settings, seed))
@@ -135,10 +138,9 @@ class Judge:
 def ours(bench: Bench, settings: list[str], seed: int) -> Tensor:
     """The real system, one process: `launch/train_deepspeed.py` with the recipe."""
     args = bench.args
-    recipe = ROOT / "configs" / f"{args.recipe or RECIPES[args.data]}.yaml"
     run_url = tempfile.mkdtemp(prefix="run-", dir=bench.work)
+    recipe, cfg = _config(args, settings, f"file://{run_url}", bench.data_url)
     settings = [*args.override, *settings]
-    cfg = load_config(recipe, [f"run.url=file://{run_url}", f"data.url={bench.data_url}", *settings])
     steps = args.images // cfg.train.global_batch
     overrides = [
         f"run.url={cfg.run.url}", f"run.seed={seed}", f"data.url={bench.data_url}", "cluster.workers=1",
@@ -151,6 +153,13 @@ def ours(bench: Bench, settings: list[str], seed: int) -> Tensor:
     _run(command)
     unet, diffusion = snapshot.load_snapshot(f"{cfg.run.url}/snapshots/{steps:09d}")
     return _draw(unet, diffusion, bench, seed)
+
+
+def _config(args: argparse.Namespace, settings: list[str], run_url: str, data_url: str) -> tuple[Path, Config]:
+    """The recipe's file, and what it says with all overrides."""
+    recipe = ROOT / "configs" / f"{args.recipe or RECIPES[args.data]}.yaml"
+    urls = [f"run.url={run_url}", f"data.url={data_url}"]
+    return recipe, load_config(recipe, [*urls, *args.override, *settings])
 
 
 def diffusers(bench: Bench, settings: list[str], seed: int) -> Tensor:
@@ -250,25 +259,27 @@ def _seeds(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", choices=RECIPES)
     parser.add_argument("--arms", default="ours,diffusers", help=f"of {', '.join(ARMS)}")
-    parser.add_argument("--images", type=int, default=100_000, help="training images that each arm sees")
+    parser.add_argument("--images", type=cli.positive, default=100_000, help="training images that each arm sees")
     parser.add_argument("--seeds", type=_seeds, default=[0], metavar="0,1,…")
     parser.add_argument("--recipe", help="another file of configs/ for ours, such as digits-eps")
-    parser.add_argument("--samples", type=int, default=5000, help="drawn of each arm, at most")
+    parser.add_argument("--samples", type=cli.positive, default=5000, help="drawn of each arm, at most")
     parser.add_argument("--lucidrains", default="python", metavar="PYTHON", help="of an environment that has it")
     parser.add_argument("override", nargs="*", metavar="section.key=value", help="for ours")
     parser.add_argument("--vary", action="append", default=[], metavar="NAME[@ARM]: key=value …", help="one more arm")
     parser.add_argument("--results", type=Path, metavar="FILE", help="keep each result there and go on from it")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     unknown = {arm for arm, _ in _arms(args).values()} - set(ARMS)
     if unknown:
         parser.error(f"no arm is called {sorted(unknown)[0]!r}; there are {', '.join(ARMS)}")
+    if any(arm == "diffusers" and settings for arm, settings in _arms(args).values()):
+        parser.error("--vary: diffusers' example is taken as it is; vary ours or lucidrains")
     torch.set_num_threads(1)
     return args
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -22,6 +22,7 @@ import os
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -105,7 +106,7 @@ class Bench:
         self.count = min(images or len(real), len(real))
         self._judge = Judge(real)
         self.floor = self._judge.floor()
-        self._found = self.folder / f"distances-{self.count}.json"
+        self._found = self.folder / f"distances-{self.count}-of-{zlib.crc32(real.numpy().tobytes()):08x}.json"
 
     def unit(self, draw: Draw, start: int) -> tuple[Tensor, int]:
         """Images start … start + UNIT, [UNIT, C, H, W] uint8, and the evaluations that each of them took."""
@@ -307,7 +308,8 @@ def summary(bench: Bench, ends: Sequence[Row], rows: Sequence[Row]) -> dict[str,
 
 def train(name: str, overrides: Sequence[str], work: Path) -> tuple[str, str]:
     """Snapshot and data of a recipe, trained in the work folder by one process unless it is there."""
-    recipe, data_url, run_url = ROOT / f"configs/{name}.yaml", f"{work.as_uri()}/data", f"{work.as_uri()}/run"
+    recipe, data_url = ROOT / f"configs/{name}.yaml", f"{work.as_uri()}/data-{RECIPES[name]}"
+    run_url = f"{work.as_uri()}/run-{name}-{zlib.crc32(' '.join(overrides).encode()):08x}"
     overrides = [f"run.url={run_url}", f"data.url={data_url}", *overrides]
     steps = load_config(recipe, overrides).train.steps
     url = f"{run_url}/snapshots/{steps:09d}"
@@ -331,16 +333,18 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", metavar="URL", help="the data set that it was trained on")
     parser.add_argument("--train", choices=RECIPES, help="a recipe to train in the work folder instead")
     parser.add_argument("--work", type=lambda path: Path(path).resolve(), required=True, help="keeps drawn images")
-    parser.add_argument("--images", type=int, help="in a set; as many as the data set has, if not given")
+    parser.add_argument("--images", type=cli.positive, help="in a set; as many as the data set has, if not given")
     parser.add_argument("--samplers", type=_names(SAMPLERS), default=list(SAMPLERS))
     parser.add_argument("--spacings", type=_names(SPACINGS), default=list(SPACINGS))
-    parser.add_argument("--evaluations", type=_numbers, default=[10, 15, 20, 25, 50])
+    parser.add_argument("--evaluations", type=_counts, default=[10, 15, 20, 25, 50])
     parser.add_argument("--seeds", type=_numbers, default=[0], help="such as 0,1,2")
     parser.add_argument("--clip", choices=("none", "static", "dynamic"), default="static")
     parser.add_argument("override", nargs="*", metavar="section.key=value", help="for --train")
     args = parser.parse_args(argv)
     if bool(args.train) == bool(args.snapshot and args.data):
         parser.error("give --snapshot and --data, or --train")
+    if args.override and not args.train:
+        parser.error(f"{args.override[0]}: overrides are of the recipe that --train names")
     return args
 
 
@@ -355,8 +359,15 @@ def _names(known: Collection[str]) -> Callable[[str], list[str]]:
     return parse
 
 
+def _counts(text: str) -> list[int]:
+    return [cli.positive(part) for part in text.split(",")]
+
+
 def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers such as 10,20") from None
 
 
 if __name__ == "__main__":
