@@ -50,6 +50,18 @@ def test_killed_at_random_steps_it_ends_with_the_bytes_of_an_unbroken_run(
     assert loop.finish(killed, 2) == unbroken, f"killed at (rank, step, backward pass) {deaths}"
 
 
+def test_a_history_of_losses_goes_on_bit_for_bit(data_url: str, bucket_url: str) -> None:
+    """Killed when every t has its losses, so that t and its weights come from what the state holds of them."""
+    plan = (
+        "train.steps=16", "checkpoint.every_steps=2", "precision=fp32", "diffusion.timesteps=2", "sampling.steps=2",
+        "diffusion.t_sampling=loss_second_moment",
+    )  # fmt: skip
+    unbroken = loop.finish(loop.config(f"{bucket_url}/unbroken", data_url, *plan), 2)
+    killed = loop.config(f"{bucket_url}/killed", data_url, *plan)
+    assert None in loop.attempt(killed, 2, Faults(die=(1, 9, 0), die_after_state=8)), "one rank was killed"
+    assert loop.finish(killed, 2) == unbroken
+
+
 # Any point of a save
 
 SAVES = ("train.steps=6", "model.channels=32", "model.norm_groups=32", "model.num_res_blocks=2")
