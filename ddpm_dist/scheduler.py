@@ -27,6 +27,23 @@ _READ_SCHEDULES = {
 """Theirs: ours. Only the first two are written by name; the others' small betas suffer in diffusers' float32."""
 
 
+SAMPLING = {
+    "clip_sample": True,
+    "clip_sample_range": 1.0,
+    "dynamic_thresholding_ratio": 0.995,
+    "sample_max_value": 1.0,
+    "steps_offset": 0,
+    "thresholding": False,
+    "timestep_spacing": "leading",
+}
+"""Settings of theirs that say how to sample, and what is written for them: here they belong to a job (`sampling`)."""
+
+
+def not_kept(config: dict[str, Any]) -> dict[str, Any]:
+    """Those of SAMPLING that a scheduler_config.json has otherwise than we write them."""
+    return {name: config[name] for name, ours in SAMPLING.items() if config.get(name, ours) != ours}
+
+
 def portable(diffusion: GaussianDiffusion) -> str | None:
     """None if diffusers can express the process; otherwise what it lacks."""
     if diffusion.prediction not in PREDICTIONS:
@@ -47,16 +64,10 @@ def to_diffusers(diffusion: GaussianDiffusion) -> dict[str, Any]:
         "beta_end": end if schedule else 0.02,
         "beta_schedule": schedule or "linear",
         "beta_start": start if schedule else 1e-4,
-        "clip_sample": True,
-        "clip_sample_range": 1.0,
-        "dynamic_thresholding_ratio": 0.995,
+        **SAMPLING,
         "num_train_timesteps": steps,
         "prediction_type": PREDICTIONS.get(diffusion.prediction, diffusion.prediction),
         "rescale_betas_zero_snr": False,
-        "sample_max_value": 1.0,
-        "steps_offset": 0,
-        "thresholding": False,
-        "timestep_spacing": "leading",
         "trained_betas": None if schedule else betas.tolist(),
         "variance_type": VARIANCES.get(diffusion.variance, f"ddpm_dist_{diffusion.variance}"),
     }

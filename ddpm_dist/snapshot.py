@@ -28,7 +28,7 @@ from ddpm_dist.errors import NotFoundError, SnapshotError
 from ddpm_dist.models.config import UNetConfig
 from ddpm_dist.models.unet import UNet
 from ddpm_dist.models.weights import load_into, modern_names
-from ddpm_dist.scheduler import from_diffusers, portable, to_diffusers
+from ddpm_dist.scheduler import from_diffusers, not_kept, portable, to_diffusers
 
 INDEX = "model_index.json"
 OURS = "ddpm_dist.json"
@@ -64,9 +64,18 @@ def network_in(url: str) -> UNetConfig:
 
 def diffusion_in(url: str) -> GaussianDiffusion:
     """The diffusion process of a snapshot, without its weights."""
+    return from_diffusers(*_scheduler_in(url))
+
+
+def not_kept_in(url: str) -> dict[str, Any]:
+    """What a folder of diffusers says of sampling that a snapshot of ours doesn't carry: its names and values."""
+    return not_kept(_scheduler_in(url)[0])
+
+
+def _scheduler_in(url: str) -> tuple[dict[str, Any], str]:
     read_index(url)
     name, data = _read_one(url, SCHEDULER_CONFIG, "scheduler_config.json", sums={})
-    return from_diffusers(_parse(data, f"{storage.redact(url)}/{name}"), f"{storage.redact(url)}/{name}")
+    return _parse(data, f"{storage.redact(url)}/{name}"), f"{storage.redact(url)}/{name}"
 
 
 def save_snapshot(

@@ -31,7 +31,7 @@ from ddpm_dist.errors import ConfigError, SnapshotError
 from ddpm_dist.models.unet import UNet
 from ddpm_dist.models.weights import from_official, load_into
 from ddpm_dist.recipe import load_config
-from ddpm_dist.snapshot import INDEX, build, load_info, load_snapshot, save_snapshot
+from ddpm_dist.snapshot import INDEX, build, load_info, load_snapshot, not_kept_in, save_snapshot
 
 CHECKSUM_RTOL = 1e-3
 """Agreement asked of --checksum: float32 on another machine differs by about 1e-5."""
@@ -53,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.config or args.weights or args.overrides:
             raise ConfigError("--config, --weights and overrides are for an .npz; a folder says itself what it holds")
         unet, diffusion = load_snapshot(args.source)
+        for name, value in not_kept_in(args.source).items():
+            print(f"not kept: its scheduler's {name}: {value}; here how to sample belongs to a job (`sampling.…`)")
         info = {key: value for key, value in load_info(args.source).items() if key in ("kind", "null_label", "config")}
     expected = output_checksum(unet, diffusion.timesteps)
     if not np.isfinite(expected).all():

@@ -155,6 +155,8 @@ def inpaint(
             f"known has shape {tuple(known.shape)} and mask {tuple(mask.shape)} for {len(indices)} indices; one image "
             "for each index is needed, and a mask that broadcasts against them"
         )
+    if not ((mask == 0) | (mask == 1)).all():
+        raise SamplingError("mask holds values between 0 and 1; a pixel is known (1) or not (0)")
     device, shape = known.device, (known.shape[1], known.shape[2], known.shape[3])
     chain, _ = make_chain(network, diffusion, settings, seed, indices, shape, labels, null_label, device)
     step = ancestral_step(chain)

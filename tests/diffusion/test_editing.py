@@ -213,3 +213,9 @@ def test_bad_input(curved):
         variations(network, diffusion, trailing, t=5, seed=0, shared_index=0, indices=torch.arange(2), shape=SHAPE)
     with pytest.raises(SamplingError, match="t is 100; the sampler visits times from 99 down to 0"):
         variations(network, diffusion, DDPM, t=100, seed=0, shared_index=0, indices=torch.arange(2), shape=SHAPE)
+    with pytest.raises(SamplingError, match="mask holds values between"):
+        inpaint(network, diffusion, DDPM, x, 0.3 * torch.ones(1), **common)
+    with pytest.raises(SamplingError, match=r"known has shape \(1, .* and mask \(5,"):
+        inpaint(network, diffusion, DDPM, x, torch.ones(5, *SHAPE), **common)
+    with pytest.raises(SamplingError, match="x_a has shape"):
+        interpolate(network, diffusion, DDPM, x, x[:0], t=50, shares=[0.5], **common)

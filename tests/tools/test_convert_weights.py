@@ -8,9 +8,11 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from ddpm_dist import storage
+from ddpm_dist.diffusion.gaussian import GaussianDiffusion
+from ddpm_dist.diffusion.schedules import make_betas
 from ddpm_dist.errors import ConfigError, SnapshotError
 from ddpm_dist.models.weights import EMA_SUFFIX
-from ddpm_dist.snapshot import load_info, load_snapshot
+from ddpm_dist.snapshot import load_info, load_snapshot, save_snapshot
 from tests.models.networks import distance, inputs, random_unet, tiny_config
 from tests.models.official import official_variables
 from tools.convert_weights import main, output_checksum
@@ -101,3 +103,47 @@ def test_bad_input_is_named(recipe, tmp_path):
         main([npz, out, "--config", recipe, "--weights", "raw", "model.num_res_blocks=2"])
     with pytest.raises(SnapshotError, match="not a snapshot"):
         main([f"file://{tmp_path}/nothing", out])
+
+
+def test_arguments_without_effect_and_a_snapshot_in_the_way_are_refused(recipe, tmp_path):
+    url = f"file://{tmp_path}"
+    unet = random_unet(tiny_config())
+    save_snapshot(f"{url}/theirs", unet, unet.config, GaussianDiffusion(make_betas("linear", 20)), {})
+    for extra in (["--config", recipe], ["--weights", "raw"], ["model.channels=64"]):
+        with pytest.raises(ConfigError, match=r"are for an \.npz"):
+            main([f"{url}/theirs", f"{url}/ours", *extra])
+    main([f"{url}/theirs", f"{url}/ours"])
+    with pytest.raises(ConfigError, match="holds a snapshot already"):
+        main([f"{url}/theirs", f"{url}/ours"])
+
+
+def test_what_a_scheduler_says_of_sampling_is_said_to_be_left(tmp_path, capsys):
+    unet = random_unet(tiny_config())
+    save_snapshot(f"file://{tmp_path}/a", unet, unet.config, GaussianDiffusion(make_betas("linear", 20)), {})
+    pipeline = DDPMPipeline.from_pretrained(tmp_path / "a")
+    pipeline.scheduler = DDPMScheduler(variance_type="fixed_large", clip_sample=False, timestep_spacing="trailing")
+    pipeline.save_pretrained(tmp_path / "b")
+    main([f"file://{tmp_path}/b", f"file://{tmp_path}/c"])
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not kept")]
+    assert [line.split(";")[0] for line in said] == [
+        "not kept: its scheduler's clip_sample: False",
+        "not kept: its scheduler's timestep_spacing: trailing",
+    ]
+
+
+@pytest.mark.parametrize("wrong", ["empty", "npy", "strings", "nan"])
+def test_what_is_no_npz_of_numbers_is_refused(wrong, recipe, tmp_path):
+    unet, path = random_unet(tiny_config()), tmp_path / "weights.npz"
+    variables = official_variables(unet.state_dict(), unet.config)
+    if wrong == "empty":
+        path.write_bytes(b"")
+    elif wrong == "npy":
+        with path.open("wb") as file:
+            np.save(file, np.zeros(3))
+    else:
+        some = next(iter(variables))
+        value = np.full(variables[some].shape, "x" if wrong == "strings" else np.nan)
+        publish_npz(path.as_uri(), {**variables, some: value})
+    with pytest.raises(SnapshotError, match="not finite" if wrong == "nan" else "not an .npz of plain arrays"):
+        main([path.as_uri(), f"file://{tmp_path}/out", "--config", recipe, "--weights", "raw"])
+    assert not (tmp_path / "out").exists()
