@@ -119,14 +119,15 @@ def mean_bits_per_dim(order: Order, manifest: Manifest | None, compare: Comparis
         raise EvaluationError(f"{BITS_PER_DIM}: needs a snapshot, and the samples have no manifest that names theirs")
     total = load_index(url).num_samples
     tasks = [LikelihoodTask(part, from_snapshot, order.seed, EVERYTHING) for part in compare.parts(url, total)]
-    images, bits, prior = 0, 0.0, 0.0
+    sums = np.zeros(4)
     with Progress("bits/dim", "image", total) as progress:
         for outcome in compare.pool.map(tasks):
             if isinstance(outcome, Failed):
                 raise EvaluationError(f"{outcome.task}: {outcome.error}")
-            images, bits, prior = images + outcome.value[0], bits + outcome.value[1], prior + outcome.value[2]
+            sums += outcome.value
             progress.add(outcome.value[0], counted(compare.pool.alive, "worker"))
-    return {BITS_PER_DIM: bits / images, f"{BITS_PER_DIM}_prior": prior / images}
+    bits, prior, decoder = (sums[1:] / sums[0]).tolist()
+    return {BITS_PER_DIM: bits, f"{BITS_PER_DIM}_prior": prior, f"{BITS_PER_DIM}_decoder": decoder}
 
 
 def nearest(order: Order, compare: Comparison, samples: str, data: DataIndex, name: str) -> dict[str, Any]:

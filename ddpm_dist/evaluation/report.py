@@ -23,7 +23,7 @@ from ddpm_dist.training.run_folder import read_summary
 
 MAX_GRIDS = 8
 LOSS, RATE = "loss/mean", "optimisation/lr"
-_BESIDE = ("_floor", "_deviation", "_real", "_prior")
+_BESIDE = ("_floor", "_deviation", "_real", "_prior", "_decoder")
 
 
 def write_report(cfg: Config) -> str:

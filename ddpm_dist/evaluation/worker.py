@@ -64,7 +64,7 @@ class SummaryTask:
 
 @dataclass(frozen=True)
 class LikelihoodTask:
-    """Asks for the sums of bits/dim of a part: (images, total, rate of the prior)."""
+    """Asks for the sums of bits/dim of a part: (images, total, prior, decoder)."""
 
     images: SetPart
     snapshot: str
@@ -125,12 +125,15 @@ class EvaluationWorker:
                 summaries[spec].add(output.features, first, output.logits, output.spatial)
         return summaries
 
-    def likelihood(self, task: LikelihoodTask) -> tuple[int, float, float]:
-        """(images, sum of bits/dim, sum of the prior's part): the bound of Ho et al. 2020, equation 5."""
+    def likelihood(self, task: LikelihoodTask) -> tuple[int, float, float, float]:
+        """(images, sums of bits/dim: all, the prior's, the decoder's): the bound of Ho et al. 2020, equation 5.
+
+        The decoder's part, L_0, is what section 4.3 calls distortion; the rest is the rate.
+        """
         with self._computing:
             network, diffusion = self._sampler.network(task.snapshot, "fp32")
         info = snapshot.load_info(task.snapshot)
-        count, total, prior = 0, 0.0, 0.0
+        count, total, prior, decoder = 0, 0.0, 0.0, 0.0
         for first, images, labels in _blocks(task.images, LIKELIHOOD_BATCH, task.limit):
             x_start = (images.to(self._device).float() / 127.5) - 1
             indices = torch.arange(first, first + len(images), device=self._device)
@@ -146,7 +149,8 @@ class EvaluationWorker:
             count += len(images)
             total += float(bits.total.sum())
             prior += float(bits.prior.sum())
-        return count, total, prior
+            decoder += float(bits.terms[:, 0].sum())
+        return count, total, prior, decoder
 
     def _classes(self, labels: Tensor | None, count: int, task: LikelihoodTask, info: dict[str, Any]) -> Tensor | None:
         """The classes that a network is asked with: the images' own, the null class for images without."""

@@ -176,6 +176,7 @@ def test_bits_per_dim_is_the_mean_over_the_set(tmp_path: Path, sets: tuple[str, 
     assert found == {
         "bits_per_dim": pytest.approx(float(bits.total.mean()), rel=1e-5),
         "bits_per_dim_prior": pytest.approx(float(bits.prior.mean()), rel=1e-9),
+        "bits_per_dim_decoder": pytest.approx(float(bits.terms[:, 0].mean()), rel=1e-5),
     }
 
 
