@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,7 +37,7 @@ os.environ["PYTHONPATH"] = str(ROOT)
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from ddpm_dist import snapshot, storage  # noqa: E402
+from ddpm_dist import cli, snapshot, storage  # noqa: E402
 from ddpm_dist.config import ClusterConfig, Precision, SamplingConfig  # noqa: E402
 from ddpm_dist.data import decode  # noqa: E402
 from ddpm_dist.data.stream import iterate  # noqa: E402
@@ -81,8 +81,8 @@ class Bench:
         return _rate(images, lambda: job.run([order], (1, 1), CLUSTER, pool))
 
 
-def main() -> None:
-    args = _arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _arguments(argv)
     folder = Path(tempfile.mkdtemp(prefix="ddpm-bench-sampling-"))
     try:
         bench = Bench(args, folder)
@@ -305,16 +305,16 @@ def _say(text: str, ratio: float) -> None:
     print(f"{text}, ratio {ratio:.3f}", flush=True)
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS), metavar="A,B")
     parser.add_argument("--recipe", default=str(ROOT / "configs/digits.yaml"), metavar="FILE")
-    parser.add_argument("--images", type=int, default=1024, help="images of a measurement")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=50, help="steps of DDIM")
-    parser.add_argument("--stored", type=int, default=10_000, help="stored images that are evaluated")
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
+    parser.add_argument("--images", type=cli.positive, default=1024, help="images of a measurement")
+    parser.add_argument("--batch", type=cli.positive, default=64)
+    parser.add_argument("--steps", type=cli.positive, default=50, help="steps of DDIM")
+    parser.add_argument("--stored", type=cli.positive, default=10_000, help="stored images that are evaluated")
+    parser.add_argument("--rounds", type=cli.positive, default=5)
+    args = parser.parse_args(argv)
     for part in args.parts.split(","):
         if part not in PARTS:
             parser.error(f"--parts: {part!r} is unknown; choose from {', '.join(PARTS)}")
@@ -329,4 +329,4 @@ PARTS: dict[str, Callable[[Bench], dict[str, float]]] = {
 }
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -28,7 +28,7 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -40,7 +40,7 @@ from tools.bench_training_sides import Side, Train, bare, diffusers, engine_savi
 
 import numpy as np  # noqa: E402
 
-from ddpm_dist import storage  # noqa: E402
+from ddpm_dist import cli, storage  # noqa: E402
 from ddpm_dist.config import Config  # noqa: E402
 from ddpm_dist.data import decode  # noqa: E402
 from ddpm_dist.data.writer import EncodedSample, write_index, write_shard  # noqa: E402
@@ -145,8 +145,8 @@ PARTS: dict[str, Callable[[Bench], Found]] = {
 }
 
 
-def main() -> None:
-    args = _arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _arguments(argv)
     available = sorted(os.sched_getaffinity(0))
     cores = (available[:-1] or available) if args.workers == 1 else available
     os.sched_setaffinity(0, {available[-1]})  # this process and the servers that it starts
@@ -184,18 +184,18 @@ def _say(text: str, ratio: float) -> None:
     print(f"{text}, ratio {ratio:.3f}", flush=True)
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=50, help="of a turn, and between checkpoints")
-    parser.add_argument("--batch", type=int, default=32, help="images in a step")
+    parser.add_argument("--workers", type=cli.positive, default=1)
+    parser.add_argument("--rounds", type=cli.positive, default=5)
+    parser.add_argument("--steps", type=cli.positive, default=50, help="of a turn, and between checkpoints")
+    parser.add_argument("--batch", type=cli.positive, default=32, help="images in a step")
     parser.add_argument("--channels", type=int, default=32)
     parser.add_argument("--full-channels", type=int, default=128, help="of the network in the part `memory`")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--recipe", default=str(ROOT / "configs/cifar10.yaml"), metavar="FILE")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for part in args.parts:
         if part not in PARTS:
             parser.error(f"{part!r} is unknown; choose from {', '.join(PARTS)}")
@@ -205,4 +205,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)
