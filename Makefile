@@ -14,7 +14,7 @@ help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | awk -F '\t' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 demo: $(INSTALLED)  ## train, sample and evaluate on real data with a real cluster and S3 server; DATA=digits|fashion-mnist|emoji
-	@exec $(BIN)/python tools/demo.py $(DATA)
+	@exec $(BIN)/python tools/local/demo.py $(DATA)
 
 test: $(INSTALLED)  ## the tests, with real servers and processes
 	@$(PYTEST)

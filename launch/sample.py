@@ -16,7 +16,7 @@ if __name__ == "__main__":
 from collections.abc import Sequence
 
 from ddpm_dist import cli
-from ddpm_dist.sampling import command
+from ddpm_dist.commands import sample as command
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -12,13 +12,10 @@ from collections.abc import Sequence
 from functools import partial
 
 from ddpm_dist import cli
-from ddpm_dist.distributed.ray_connect import connect
-from ddpm_dist.distributed.ray_train import preemption_announced, train_on_ray
-from ddpm_dist.distributed.state_history import latest_step
-from ddpm_dist.evaluation.follow import check_config as check_follower
-from ddpm_dist.evaluation.follow import start_beside
-from ddpm_dist.training import run_folder
-from ddpm_dist.training.entry import finished, ray_worker, report_end
+from ddpm_dist.cluster import connect_ray, preemption_announced, train_on_ray
+from ddpm_dist.evaluation.follow import check_config as check_follower, start_beside
+from ddpm_dist.state import latest_step
+from ddpm_dist.training import finished, ray_worker, report_end, run_folder
 
 
 def main(argv: Sequence[str] | None) -> None:
@@ -27,7 +24,7 @@ def main(argv: Sequence[str] | None) -> None:
     check_follower(cfg)
     token = run_folder.new_token()
     if not finished(cfg, token):
-        connect()
+        connect_ray()
         start_beside(cfg)
         worker = partial(ray_worker, token=token, preempted=preemption_announced)
         train_on_ray(cfg, worker, partial(latest_step, cfg.run.url))

@@ -11,7 +11,7 @@ if __name__ == "__main__":
 from collections.abc import Sequence
 
 from ddpm_dist import cli
-from ddpm_dist.training.entry import deepspeed_worker, report_end
+from ddpm_dist.training import deepspeed_worker, report_end
 
 
 def main(argv: Sequence[str] | None) -> None:

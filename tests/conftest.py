@@ -21,7 +21,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 from ddpm_dist import storage  # noqa: E402
 from tests.faulty_proxy import FaultyProxy  # noqa: E402
 from tests.ray_local import ray_cluster, ray_nodes  # noqa: E402, F401
-from tools.s3_server import S3Server  # noqa: E402
+from tools.local.s3_server import S3Server  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tools.processes import start_family
-from tools.s3_server import S3Server
+from tools.local.processes import start_family
+from tools.local.s3_server import S3Server
 
 ROOT = Path(__file__).resolve().parents[1]
 START_S = 180.0

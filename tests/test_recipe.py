@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from ddpm_dist.errors import ConfigError
 from ddpm_dist.recipe import apply_override, differences, dump_config, load_config, parse_config, parse_yaml

@@ -26,12 +26,20 @@ import numpy as np
 import torch
 
 from ddpm_dist import cli, rng, storage
-from ddpm_dist.diffusion.gaussian import GaussianDiffusion
+from ddpm_dist.diffusion import GaussianDiffusion
 from ddpm_dist.errors import ConfigError, SnapshotError
-from ddpm_dist.models.unet import UNet
-from ddpm_dist.models.weights import from_official, load_into
+from ddpm_dist.models import UNet
 from ddpm_dist.recipe import load_config
-from ddpm_dist.snapshot import INDEX, build, load_info, load_snapshot, not_kept_in, save_snapshot
+from ddpm_dist.snapshot import (
+    INDEX,
+    build,
+    from_official,
+    load_info,
+    load_into,
+    load_snapshot,
+    not_kept_in,
+    save_snapshot,
+)
 
 CHECKSUM_RTOL = 1e-3
 """Agreement asked of --checksum: float32 on another machine differs by about 1e-5."""

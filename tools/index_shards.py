@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Sequence
 
 from ddpm_dist import cli
-from ddpm_dist.data.foreign import DEFAULT_LABEL, index_shards
+from ddpm_dist.data import DEFAULT_LABEL, index_shards
 from ddpm_dist.progress import counted
 
 

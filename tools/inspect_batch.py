@@ -28,10 +28,11 @@ from PIL import Image
 
 from ddpm_dist import cli
 from ddpm_dist.config import DataConfig, default_streams
+from ddpm_dist.data import share_of
 from ddpm_dist.data.decode import BadSampleError, Pixels, decode
 from ddpm_dist.data.fetch import ShardReader
 from ddpm_dist.data.loader import open_urls
-from ddpm_dist.data.order import Order, share_of
+from ddpm_dist.data.order import Order
 from ddpm_dist.data.stream import substitute
 from ddpm_dist.errors import ConfigError
 

@@ -23,10 +23,8 @@ import safetensors.torch
 import torch
 
 from ddpm_dist import cli, storage
-from ddpm_dist.distributed import state_format as fmt
-from ddpm_dist.distributed import state_history as history
-from ddpm_dist.distributed.state_reader import read_full, read_manifest, verify
 from ddpm_dist.errors import NotFoundError, StateError
+from ddpm_dist.state import format as fmt, history, read_full, read_manifest, verify
 
 
 def main(argv: Sequence[str] | None = None) -> None:

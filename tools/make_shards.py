@@ -21,10 +21,10 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from ddpm_dist import cli
+from ddpm_dist.cluster import ActorPool, Failed
 from ddpm_dist.config import ClusterConfig
-from ddpm_dist.data.build import Plan, ShardMaker, build, make_plan, run_in_processes
-from ddpm_dist.data.sources import SOURCES, SourceOptions
-from ddpm_dist.distributed.ray_pool import ActorPool, Failed
+from ddpm_dist.data import SOURCES, Plan, ShardMaker, SourceOptions, make_plan, run_in_processes
+from ddpm_dist.data.build import build
 
 SMALL = 5000
 """Samples up to which starting processes costs more than they save."""

@@ -21,8 +21,7 @@ from torch import Tensor
 from ddpm_dist import cli, storage
 from ddpm_dist.errors import ConfigError, SnapshotError
 from ddpm_dist.snapshot import load_info, load_snapshot, save_snapshot
-from ddpm_dist.training.ema import power_label
-from ddpm_dist.training.posthoc import Profile, coefficients, distance
+from ddpm_dist.training import Profile, coefficients, distance, power_label
 
 WARN_DISTANCE = 0.1
 """Relative distance of profiles from which on the result is called rough."""

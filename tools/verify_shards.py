@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from ddpm_dist import cli
-from ddpm_dist.data.foreign import verify_shards
+from ddpm_dist.data import verify_shards
 from ddpm_dist.progress import counted
 
 

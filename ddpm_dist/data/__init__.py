@@ -1,1 +1,50 @@
-"""The data plane: a folder of WebDataset shards to an exact, resumable, elastic stream of batches."""
+"""The data plane: a folder of WebDataset shards to an exact, resumable, elastic stream of batches, and back.
+
+Order is a pure function of integers. The room never hears of networks or processes, never drops a sample without
+counting it, and never deletes what it didn't write.
+"""
+
+from typing import TYPE_CHECKING
+
+from ddpm_dist.lazy import lazily
+
+if TYPE_CHECKING:
+    from ddpm_dist.data.build import (
+        Plan as Plan,
+        ShardMaker as ShardMaker,
+        make_plan as make_plan,
+        run_in_processes as run_in_processes,
+    )
+    from ddpm_dist.data.decode import encode_png as encode_png, encode_raw as encode_raw
+    from ddpm_dist.data.foreign import (
+        DEFAULT_LABEL as DEFAULT_LABEL,
+        index_shards as index_shards,
+        verify_shards as verify_shards,
+    )
+    from ddpm_dist.data.index import DataIndex as DataIndex, ShardInfo as ShardInfo, load_index as load_index
+    from ddpm_dist.data.loader import Batch as Batch, Loader as Loader
+    from ddpm_dist.data.order import share_of as share_of
+    from ddpm_dist.data.sources import SOURCES as SOURCES, SourceOptions as SourceOptions
+    from ddpm_dist.data.stream import iterate as iterate
+    from ddpm_dist.data.writer import (
+        EncodedSample as EncodedSample,
+        ShardSummary as ShardSummary,
+        WrittenShard as WrittenShard,
+        write_index as write_index,
+        write_shard as write_shard,
+    )
+
+__all__, _named = lazily(
+    __name__,
+    index="DataIndex ShardInfo load_index",
+    loader="Batch Loader",
+    order="share_of",
+    stream="iterate",
+    decode="encode_png encode_raw",
+    writer="EncodedSample ShardSummary WrittenShard write_index write_shard",
+    build="Plan ShardMaker make_plan run_in_processes",
+    foreign="DEFAULT_LABEL index_shards verify_shards",
+    sources="SOURCES SourceOptions",
+)
+if not TYPE_CHECKING:
+    __getattr__ = _named

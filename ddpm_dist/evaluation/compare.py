@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from ddpm_dist import storage
-from ddpm_dist.data.index import DataIndex, load_index
-from ddpm_dist.data.stream import iterate
-from ddpm_dist.distributed.ray_pool import ActorPool, Failed
+from ddpm_dist.cluster import ActorPool, Failed
+from ddpm_dist.data import DataIndex, iterate, load_index
 from ddpm_dist.errors import EvaluationError
 from ddpm_dist.evaluation import metrics, statistics
 from ddpm_dist.evaluation.distances import frechet
@@ -22,8 +21,7 @@ from ddpm_dist.evaluation.moments import Summary
 from ddpm_dist.evaluation.order import BITS_PER_DIM, Order, network_specs
 from ddpm_dist.evaluation.worker import LikelihoodTask, NearestTask, SetPart, SummaryTask
 from ddpm_dist.progress import Progress, counted
-from ddpm_dist.sampling.images import grid_png
-from ddpm_dist.sampling.plan import Manifest
+from ddpm_dist.sampling import Manifest, grid_png
 
 EVERYTHING = 2**62
 PART_IMAGES = 128

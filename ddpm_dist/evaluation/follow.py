@@ -18,15 +18,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from ddpm_dist import storage
+from ddpm_dist.cluster import submit_beside
 from ddpm_dist.config import Config
-from ddpm_dist.distributed.ray_jobs import submit_beside
 from ddpm_dist.errors import ClusterError, EvaluationError
 from ddpm_dist.evaluation import job
 from ddpm_dist.evaluation.metrics import LARGER_IS_BETTER
 from ddpm_dist.evaluation.order import Order, check_metrics
 from ddpm_dist.evaluation.report import write_report
 from ddpm_dist.evaluation.result import results
-from ddpm_dist.training.metrics import EVENTS, EventLog
+from ddpm_dist.training import EVENTS, EventLog
 from ddpm_dist.training.run_folder import snapshot_url
 
 log = logging.getLogger(__name__)

@@ -12,17 +12,16 @@ from functools import partial
 from typing import Any
 
 from ddpm_dist import snapshot, storage
+from ddpm_dist.cluster import ActorPool
 from ddpm_dist.config import ClusterConfig
-from ddpm_dist.data.index import DataIndex, load_index
-from ddpm_dist.distributed.ray_pool import ActorPool
+from ddpm_dist.data import DataIndex, load_index
 from ddpm_dist.errors import EvaluationError, NotFoundError
 from ddpm_dist.evaluation import metrics
 from ddpm_dist.evaluation.compare import Comparison, mean_bits_per_dim, nearest, prepare
 from ddpm_dist.evaluation.order import BITS_PER_DIM, Order, check
 from ddpm_dist.evaluation.result import ENOUGH, describe, publish, warnings
 from ddpm_dist.evaluation.worker import EvaluationWorker
-from ddpm_dist.sampling import job as sampling_job
-from ddpm_dist.sampling.plan import Manifest
+from ddpm_dist.sampling import Manifest, job as sampling_job
 
 log = logging.getLogger(__name__)
 

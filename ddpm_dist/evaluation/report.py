@@ -18,7 +18,7 @@ from ddpm_dist.evaluation.metrics import LARGER_IS_BETTER
 from ddpm_dist.evaluation.result import results
 from ddpm_dist.progress import clock
 from ddpm_dist.recipe import dump_config
-from ddpm_dist.training.metrics import Events, read_events
+from ddpm_dist.training import Events, read_events
 from ddpm_dist.training.run_folder import read_summary
 
 MAX_GRIDS = 8

@@ -10,10 +10,10 @@ import torch
 
 import ddpm_dist
 from ddpm_dist import storage
-from ddpm_dist.data.index import DataIndex
+from ddpm_dist.data import DataIndex
 from ddpm_dist.evaluation.features import FeatureNetwork
 from ddpm_dist.evaluation.order import Order
-from ddpm_dist.sampling.plan import Manifest
+from ddpm_dist.sampling import Manifest
 
 LOSSY = ("jpeg", "webp")
 ENOUGH = 10_000

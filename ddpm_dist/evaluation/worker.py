@@ -16,15 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddpm_dist import snapshot, storage
-from ddpm_dist.data.index import load_index
-from ddpm_dist.data.order import share_of
-from ddpm_dist.data.stream import iterate
-from ddpm_dist.diffusion.likelihood import bits_per_dim
+from ddpm_dist.data import iterate, load_index, share_of
+from ddpm_dist.diffusion import bits_per_dim
 from ddpm_dist.errors import EvaluationError
 from ddpm_dist.evaluation.distances import nearest
 from ddpm_dist.evaluation.features import FeatureNetwork, open_network
 from ddpm_dist.evaluation.moments import Summary
-from ddpm_dist.sampling.worker import SampleWorker
+from ddpm_dist.sampling import SampleWorker
 
 BLOCK = 256
 """Images in memory at once."""

@@ -1,1 +1,22 @@
-"""The ε-network: tensors in, tensors out."""
+"""The ε-network: tensors in, tensors out, with `UNet2DModel`'s parameter names.
+
+It never hears of data, engines, schedules or files.
+"""
+
+from typing import TYPE_CHECKING
+
+from ddpm_dist.lazy import lazily
+
+if TYPE_CHECKING:
+    from ddpm_dist.models.arithmetic import SLOW_BF16 as SLOW_BF16
+    from ddpm_dist.models.config import UNetConfig as UNetConfig
+    from ddpm_dist.models.unet import UNet as UNet
+
+__all__, _named = lazily(
+    __name__,
+    config="UNetConfig",
+    unet="UNet",
+    arithmetic="SLOW_BF16",
+)
+if not TYPE_CHECKING:
+    __getattr__ = _named

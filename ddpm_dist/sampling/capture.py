@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_dist.diffusion.denoiser import Network
+from ddpm_dist.diffusion import Network
 
 _WARM_UPS = 3
 

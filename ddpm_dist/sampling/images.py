@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddpm_dist import storage
-from ddpm_dist.data.decode import encode_png
+from ddpm_dist.data import encode_png
 
 GRID_WIDTH = 640
 

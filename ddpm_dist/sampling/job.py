@@ -22,11 +22,9 @@ import torch
 
 import ddpm_dist
 from ddpm_dist import snapshot, storage
+from ddpm_dist.cluster import ActorPool, Done
 from ddpm_dist.config import ClusterConfig, SamplingConfig
-from ddpm_dist.data import decode
-from ddpm_dist.data.stream import iterate
-from ddpm_dist.data.writer import write_index
-from ddpm_dist.distributed.ray_pool import ActorPool, Done
+from ddpm_dist.data import decode, iterate, write_index
 from ddpm_dist.errors import NotFoundError, SamplingError
 from ddpm_dist.progress import Progress, counted
 from ddpm_dist.sampling.images import NpzWriter, grid_png

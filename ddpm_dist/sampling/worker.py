@@ -16,12 +16,8 @@ from torch import Tensor
 from ddpm_dist import snapshot, storage
 from ddpm_dist.allocator import keep_freed_memory
 from ddpm_dist.config import SamplingConfig
-from ddpm_dist.data import decode
-from ddpm_dist.data.index import ShardInfo
-from ddpm_dist.data.writer import EncodedSample, ShardSummary, WrittenShard, write_shard
-from ddpm_dist.diffusion.denoiser import Network
-from ddpm_dist.diffusion.gaussian import GaussianDiffusion
-from ddpm_dist.diffusion.samplers import check_settings, sample
+from ddpm_dist.data import EncodedSample, ShardInfo, ShardSummary, WrittenShard, decode, write_shard
+from ddpm_dist.diffusion import GaussianDiffusion, Network, check_settings, sample
 from ddpm_dist.errors import SamplingError, WorkerRefusedError
 from ddpm_dist.sampling.capture import captured
 from ddpm_dist.sampling.images import to_uint8

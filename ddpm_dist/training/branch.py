@@ -11,16 +11,12 @@ import torch
 
 from ddpm_dist import snapshot, storage
 from ddpm_dist.config import Config
-from ddpm_dist.diffusion.gaussian import GaussianDiffusion
-from ddpm_dist.distributed.checkpoint import read_state
-from ddpm_dist.distributed.engine import Engine
-from ddpm_dist.distributed.state_format import MANIFEST
-from ddpm_dist.distributed.state_history import newest_state
-from ddpm_dist.distributed.state_reader import read_manifest
+from ddpm_dist.diffusion import GaussianDiffusion
+from ddpm_dist.engine import Engine
 from ddpm_dist.errors import ConfigError
-from ddpm_dist.models.config import UNetConfig
-from ddpm_dist.models.unet import UNet
+from ddpm_dist.models import UNet, UNetConfig
 from ddpm_dist.recipe import parse_config
+from ddpm_dist.state import MANIFEST, newest_state, read_manifest, read_state
 from ddpm_dist.training.ema import Ema
 from ddpm_dist.training.run_folder import newest_snapshot
 

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ddpm_dist.diffusion.losses import QUARTILES, quartile_means
-from ddpm_dist.distributed.world import World
+from ddpm_dist.diffusion import QUARTILES, quartile_means
+from ddpm_dist.engine import World
 
 HEAD = 5
 

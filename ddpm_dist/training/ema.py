@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ddpm_dist.config import Config, EmaConfig
-from ddpm_dist.distributed.pieces import Ownership, Piece, gather_full
-from ddpm_dist.distributed.world import World
+from ddpm_dist.engine import Ownership, Piece, World, gather_full
 
 Decay = Callable[[int, int], float]
 """(step from 0, images in a step) -> share that the old average keeps."""

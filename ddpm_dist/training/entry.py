@@ -7,11 +7,11 @@ from typing import Any
 
 from ddpm_dist import cli
 from ddpm_dist.config import Config
-from ddpm_dist.data.loader import Loader
-from ddpm_dist.distributed.state_history import latest_step
-from ddpm_dist.distributed.world import World, broadcast_object, init_world
+from ddpm_dist.data import Loader
+from ddpm_dist.engine import World, broadcast_object, init_world
 from ddpm_dist.errors import ConfigError, DdpmDistError
 from ddpm_dist.recipe import parse_config
+from ddpm_dist.state import latest_step
 from ddpm_dist.training import run_folder
 from ddpm_dist.training.branch import check_origin
 from ddpm_dist.training.loop import Training

@@ -7,8 +7,8 @@ import torch
 
 from ddpm_dist import storage
 from ddpm_dist.config import Config
-from ddpm_dist.data.loader import Batch
-from ddpm_dist.distributed.world import World
+from ddpm_dist.data import Batch
+from ddpm_dist.engine import World
 from ddpm_dist.errors import NonFiniteError, StorageError
 from ddpm_dist.training.step import StepResult
 

@@ -4,7 +4,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_dist.config import Config
-from ddpm_dist.models.unet import UNet
+from ddpm_dist.models import UNet
 from ddpm_dist.snapshot import network_of
 
 BACKWARD = 2

@@ -15,14 +15,13 @@ import torch
 
 from ddpm_dist import snapshot, storage
 from ddpm_dist.config import Config
-from ddpm_dist.data.loader import Batch, Loader
-from ddpm_dist.diffusion.losses import LossHistory
-from ddpm_dist.distributed.checkpoint import StateStore
-from ddpm_dist.distributed.engine import Engine
-from ddpm_dist.distributed.world import World, broadcast_object, gather_objects
+from ddpm_dist.data import Batch, Loader
+from ddpm_dist.diffusion import LossHistory
+from ddpm_dist.engine import Engine, World, broadcast_object, gather_objects
 from ddpm_dist.errors import PreemptedError
 from ddpm_dist.progress import StepProgress
 from ddpm_dist.recipe import dump_config
+from ddpm_dist.state import StateStore
 from ddpm_dist.training import run_folder
 from ddpm_dist.training.branch import init_from
 from ddpm_dist.training.control import Control

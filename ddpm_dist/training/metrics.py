@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from ddpm_dist import storage
-from ddpm_dist.diffusion.losses import QUARTILES
+from ddpm_dist.diffusion import QUARTILES
 from ddpm_dist.errors import StorageError
 from ddpm_dist.training.control import Shared
 

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from ddpm_dist import snapshot, storage
 from ddpm_dist.config import Config
-from ddpm_dist.diffusion.gaussian import GaussianDiffusion
-from ddpm_dist.diffusion.samplers import sample
-from ddpm_dist.distributed.world import World
-from ddpm_dist.models.unet import UNet, UNetConfig
+from ddpm_dist.diffusion import GaussianDiffusion, sample
+from ddpm_dist.engine import World
+from ddpm_dist.models import UNet, UNetConfig
 from ddpm_dist.recipe import dump_config
 from ddpm_dist.training import run_folder
 from ddpm_dist.training.ema import MAIN, Ema

@@ -5,7 +5,7 @@ run.url/
   lease.json      who trains here now, renewed every few seconds
   stop            created by anybody: the run saves and leaves
   summary.json    what the last attempt ended with
-  checkpoints/    training states (distributed/checkpoint.py)
+  checkpoints/    training states (state/store.py)
   snapshots/      EMA weights as diffusers folders, one per step (snapshot.py)
   averages/       power averages, likewise, where ema.power asks for them
   tensorboard/    samples/    evaluation/    failures/
@@ -24,10 +24,9 @@ from typing import Any
 
 from ddpm_dist import storage
 from ddpm_dist.config import Config
-from ddpm_dist.distributed.state_history import newest_state
-from ddpm_dist.distributed.state_reader import read_manifest
 from ddpm_dist.errors import ClaimError, ConfigError, NotFoundError, StorageError
 from ddpm_dist.recipe import differences, dump_config, parse_config
+from ddpm_dist.state import newest_state, read_manifest
 
 log = logging.getLogger(__name__)
 

@@ -7,10 +7,8 @@ from torch import Tensor
 
 from ddpm_dist import rng
 from ddpm_dist.config import Config
-from ddpm_dist.diffusion.gaussian import GaussianDiffusion
-from ddpm_dist.diffusion.losses import LossHistory, draw_t, drop_labels, training_losses
-from ddpm_dist.distributed.engine import Engine, StepReport
-from ddpm_dist.distributed.world import World
+from ddpm_dist.diffusion import GaussianDiffusion, LossHistory, draw_t, drop_labels, training_losses
+from ddpm_dist.engine import Engine, StepReport, World
 from ddpm_dist.rng import Purpose
 from ddpm_dist.training.metrics import PhaseClock
 from ddpm_dist.training.optim import lr_at

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ddpm_dist import storage
 from ddpm_dist.config import Config
-from ddpm_dist.distributed.world import World
+from ddpm_dist.engine import World
 
 log = logging.getLogger(__name__)
 

@@ -5,8 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from ddpm_dist.data.order import Order, SetOrder, key_of, permute, share_of, split_by_weight
 from ddpm_dist.errors import ConfigError

@@ -10,6 +10,7 @@ from ddpm_dist import storage
 from ddpm_dist.data import ranges
 from ddpm_dist.data.ranges import RangeReader
 from ddpm_dist.errors import NotFoundError, ShortReadError
+from ddpm_dist.storage import objects
 from tests.faulty_proxy import Fault, FaultyProxy
 
 DATA = bytes(range(256)) * 4000
@@ -36,7 +37,7 @@ def test_a_whole_object_that_was_uploaded_in_parts(bucket_url: str, tmp_path: Pa
     file = tmp_path / "big"
     file.write_bytes(DATA * 60)  # 61 MB
     storage.upload(file, f"{bucket_url}/big")
-    fs, path = storage.filesystem(f"{bucket_url}/big")
+    fs, path = objects.filesystem(f"{bucket_url}/big")
     assert "-" in fs.info(path)["ETag"]  # no MD5 of the object
     assert RangeReader().read_whole(f"{bucket_url}/big") == DATA * 60
 
@@ -75,7 +76,7 @@ def test_errors_are_storages(bucket_url: str) -> None:
 def test_one_fault_is_not_seen_by_the_reader(
     faulty_proxy: FaultyProxy, bucket_url: str, fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "READ_TIMEOUT_S", 1)
+    monkeypatch.setattr(objects, "READ_TIMEOUT_S", 1)
     storage.clear_instances()
     url = f"{bucket_url}/a.tar"
     storage.publish(url, DATA)
@@ -94,7 +95,7 @@ def test_one_fault_is_not_seen_by_the_reader(
 def test_one_fault_in_a_whole_object_is_not_seen(
     faulty_proxy: FaultyProxy, bucket_url: str, fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "READ_TIMEOUT_S", 1)
+    monkeypatch.setattr(objects, "READ_TIMEOUT_S", 1)
     storage.clear_instances()
     storage.publish(f"{bucket_url}/whole", DATA)
     faulty_proxy.inject(fault, path="whole")

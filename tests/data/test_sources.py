@@ -16,7 +16,7 @@ from ddpm_dist import storage
 from ddpm_dist.data.decode import decode, encode_png
 from ddpm_dist.data.sources import SOURCES, Item, Source, SourceOptions, open_source
 from ddpm_dist.data.sources.emoji import is_held_out
-from ddpm_dist.errors import ConfigError, DataError
+from ddpm_dist.errors import ConfigError, DataError, NotFoundError
 from tests.data.small_sets import random_images, write_set
 
 IMAGES = random_images(6)
@@ -283,7 +283,7 @@ def test_wrong_kinds_and_inputs_have_clear_messages(tmp_path: Path) -> None:
     for kind in set(SOURCES) - {"digits", "emoji", "fashion-mnist", "parquet"}:
         with pytest.raises(ConfigError, match="one INPUT is wanted"):
             opened(kind)
-        with pytest.raises((DataError, ConfigError, storage.NotFoundError), match="none"):
+        with pytest.raises((DataError, ConfigError, NotFoundError), match="none"):
             opened(kind, f"file://{tmp_path}/none" if kind == "webdataset" else tmp_path / "none")
     for options, message in (
         ({"split": "test"}, "--split test: npz has no parts; fashion-mnist"),

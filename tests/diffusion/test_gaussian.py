@@ -7,8 +7,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from ddpm_dist.config import DiffusionConfig
 from ddpm_dist.diffusion.gaussian import PREDICTIONS, VARIANCES, GaussianDiffusion

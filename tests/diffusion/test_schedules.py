@@ -8,8 +8,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from ddpm_dist.config import DiffusionConfig
 from ddpm_dist.diffusion.schedules import SCHEDULES, make_betas

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from ddpm_dist import snapshot, storage
+from ddpm_dist.cluster.pool import Done
 from ddpm_dist.config import ClusterConfig
 from ddpm_dist.data.decode import encode_png
 from ddpm_dist.data.stream import iterate
 from ddpm_dist.data.writer import EncodedSample, write_index, write_shard
 from ddpm_dist.diffusion.likelihood import bits_per_dim
-from ddpm_dist.distributed.ray_pool import Done
 from ddpm_dist.errors import ConfigError, DdpmDistError, EvaluationError
-from ddpm_dist.evaluation import follow as following
-from ddpm_dist.evaluation import job, result
+from ddpm_dist.evaluation import follow as following, job, result
 from ddpm_dist.evaluation.distances import frechet_of_features, kid, prdc
 from ddpm_dist.evaluation.moments import in_first_half
 from ddpm_dist.evaluation.order import Order

@@ -12,7 +12,7 @@ from tests.hosts.network import ROOT, Host, Network
 PAGE = ROOT / "docs/cluster.md"
 STORE = """
 import json, signal, sys
-from tools.s3_server import S3Server
+from tools.local.s3_server import S3Server
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 with S3Server(sys.argv[1], ip=sys.argv[2]) as server:
     print(json.dumps(server.env), flush=True)

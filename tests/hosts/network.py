@@ -27,7 +27,7 @@ from typing import IO
 
 import psutil
 
-from tools.processes import start_bound
+from tools.local.processes import start_bound
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("ip", "unshare", "nsenter", "mount", "ssh", "ssh-keygen", "sshd", "pdsh")

@@ -9,8 +9,8 @@ import pytest
 
 from ddpm_dist import storage
 from ddpm_dist.data.loader import Loader
-from ddpm_dist.distributed.state_history import latest_step
 from ddpm_dist.recipe import parse_config
+from ddpm_dist.state.history import latest_step
 from tests.hosts.cluster import Job
 from tests.hosts.conftest import BUCKET, Site
 from tests.hosts.network import Host

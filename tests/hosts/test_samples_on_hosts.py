@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 
 from ddpm_dist import storage
+from ddpm_dist.cluster.pool import Done
 from ddpm_dist.config import ClusterConfig
-from ddpm_dist.distributed.ray_pool import Done
 from ddpm_dist.sampling import job
 from ddpm_dist.sampling.worker import SampleWorker
 from tests.hosts.cluster import Job

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ddpm_dist import storage
-from ddpm_dist.distributed.state_history import latest_step
-from tools.processes import start_bound
+from ddpm_dist.state.history import latest_step
+from tools.local.processes import start_bound
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (

@@ -1,6 +1,6 @@
 """The whole training loop in real ranks (gloo, DeepSpeed, the store), with faults put where a test wants them.
 
-Ranks come from the fork server of `tests/distributed/worker_group.py`, so an attempt costs a second, not ten.
+Ranks come from the fork server of `tests/engine/worker_group.py`, so an attempt costs a second, not ten.
 """
 
 import hashlib
@@ -17,19 +17,19 @@ from typing import Any
 
 import torch
 
-from ddpm_dist import cli, storage, storage_multipart
+from ddpm_dist import cli, storage
 from ddpm_dist.config import Config
 from ddpm_dist.data.loader import Batch
-from ddpm_dist.distributed import state_format as fmt
-from ddpm_dist.distributed import state_history
-from ddpm_dist.distributed.engine import Engine
-from ddpm_dist.distributed.state_reader import Target, read_into, read_manifest
-from ddpm_dist.distributed.world import World
+from ddpm_dist.engine.engine import Engine
+from ddpm_dist.engine.world import World
 from ddpm_dist.recipe import load_config
+from ddpm_dist.state import format as fmt, history
+from ddpm_dist.state.reader import Target, read_into, read_manifest
+from ddpm_dist.storage import multipart, objects
 from ddpm_dist.training.entry import deepspeed_worker
 from ddpm_dist.training.failures import SkippedSteps
 from ddpm_dist.training.step import StepResult
-from tests.distributed import worker_group as group
+from tests.engine import worker_group as group
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (
@@ -78,7 +78,7 @@ def finish(cfg: Config, size: int, faults: Faults = Faults()) -> str:
 def newest_state(run_url: str) -> tuple[fmt.Manifest, dict[tuple[str, str], torch.Tensor]]:
     """(manifest, {(kind, parameter): 1-D tensor}) of the newest valid state."""
     folder = storage.join(run_url, "checkpoints")
-    url = storage.join(folder, str(state_history.read(folder)[1][0]))
+    url = storage.join(folder, str(history.read(folder)[1][0]))
     manifest = read_manifest(url)
     targets = [
         Target(kind, name, 0, torch.empty(math.prod(shape)))
@@ -140,7 +140,7 @@ def install(world: World, run_url: str, faults: Faults) -> None:
         _record_steps(world, Path(faults.record))
         logging.getLogger().addHandler(logging.FileHandler(Path(faults.record) / f"log-{world.rank}"))
     if faults.small_parts:
-        storage_multipart.PART_BYTES, fmt.FILE_BYTES = 5 << 20, 6 << 20
+        multipart.PART_BYTES, fmt.FILE_BYTES = 5 << 20, 6 << 20
     if faults.record is not None or faults.die_at_change is not None:
         _watch_changes(world, faults)
 
@@ -153,7 +153,7 @@ def _die_in_backward(step: int, number: int, run_url: str, after_state: int) -> 
         done = self.scalars()["optimizer_steps"]
         passes[0] = passes[0] + 1 if done == step else 0
         if passes[0] > number:
-            while (state_history.latest_step(run_url) or 0) < after_state:
+            while (history.latest_step(run_url) or 0) < after_state:
                 time.sleep(0.05)
             os.kill(os.getpid(), signal.SIGKILL)
         backward(self, loss)
@@ -221,7 +221,7 @@ class _Watched:
 
 def _watch_changes(world: World, faults: Faults) -> None:
     """Every change of the store that a save, a claim or retention makes goes through here: each upload part, too."""
-    filesystem = storage.filesystem
+    filesystem = objects.filesystem
     dying_rank, number, after = faults.die_at_change or (-1, 0, False)
     log = Path(faults.record) / f"changes-{world.rank}" if faults.record is not None else None
     done = [0]
@@ -241,4 +241,4 @@ def _watch_changes(world: World, faults: Faults) -> None:
         fs, path = filesystem(url)
         return _Watched(fs, change), path
 
-    storage.filesystem = watched
+    objects.filesystem = watched

@@ -5,10 +5,10 @@ from functools import partial
 from typing import Any
 
 from ddpm_dist import cli
-from ddpm_dist.distributed.ray_train import preemption_announced, train_on_ray
-from ddpm_dist.distributed.state_history import latest_step
-from ddpm_dist.distributed.world import init_world
+from ddpm_dist.cluster.train import preemption_announced, train_on_ray
+from ddpm_dist.engine.world import init_world
 from ddpm_dist.recipe import dump_config, load_config, parse_config
+from ddpm_dist.state.history import latest_step
 from ddpm_dist.training import run_folder
 from ddpm_dist.training.entry import finished, ray_worker, report_end
 from tests.integration import loop_ranks

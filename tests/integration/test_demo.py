@@ -51,7 +51,7 @@ def family(demo: "subprocess.Popen[str]") -> list[psutil.Process]:
 def start_demo(out: Path, mark: str, *arguments: str) -> subprocess.Popen[str]:
     """The demo in a session of its own, as a terminal would have it."""
     return subprocess.Popen(
-        [sys.executable, ROOT / "tools/demo.py", "digits", "--out", out, *arguments],
+        [sys.executable, ROOT / "tools/local/demo.py", "digits", "--out", out, *arguments],
         env={**os.environ, MARK: mark},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -112,7 +112,7 @@ def test_no_process_stays_behind(how: signal.Signals, moment: str, tmp_path: Pat
 )
 def test_mistakes(arguments: list[str], message: str, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, ROOT / "tools/demo.py", *arguments, "--out", tmp_path],
+        [sys.executable, ROOT / "tools/local/demo.py", *arguments, "--out", tmp_path],
         capture_output=True,
         text=True,
         timeout=60,

@@ -12,13 +12,12 @@ import psutil
 import pytest
 
 from ddpm_dist import storage
-from ddpm_dist.distributed import state_history
-from ddpm_dist.distributed.state_history import latest_step
-from tests.integration import jobs
-from tests.integration import loop_ranks as loop
+from ddpm_dist.state import history
+from ddpm_dist.state.history import latest_step
+from tests.integration import jobs, loop_ranks as loop
 from tests.integration.loop_ranks import Faults
-from tools.processes import start_bound
-from tools.s3_server import S3Server
+from tools.local.processes import start_bound
+from tools.local.s3_server import S3Server
 
 ENDLESS = "train.steps=1000000"
 EVERY = "checkpoint.every_steps=4"
@@ -175,7 +174,7 @@ def test_an_attempt_that_comes_back_from_the_dead_spoils_nothing(start, data_url
     jobs.finish(heir.process, heir.log)
     stopped = latest_step(run_url)
     assert stopped is not None
-    claims, states = state_history.read(f"{run_url}/checkpoints")
+    claims, states = history.read(f"{run_url}/checkpoints")
     assert max(claims) == 2
     assert states[0].attempt == 2
     assert loop.fingerprint(run_url) == unbroken(f"{bucket_url}/unbroken", data_url, stopped)
@@ -194,7 +193,7 @@ def test_twenty_seconds_without_a_store_in_the_middle_of_a_save_cost_no_attempt(
 
     def in_a_save() -> bool:
         states = {name.split("/")[0] for name in storage.list_objects(checkpoints) if name.startswith("0000000")}
-        whole = {str(state) for state in state_history.read(checkpoints)[1]}
+        whole = {str(state) for state in history.read(checkpoints)[1]}
         return bool(whole) and bool(states - whole)
 
     jobs.wait_until(in_a_save, job.process, job.log)
@@ -204,7 +203,7 @@ def test_twenty_seconds_without_a_store_in_the_middle_of_a_save_cost_no_attempt(
     s3_server.restart()
     jobs.finish(job.process, job.log)
     assert "Traceback" not in job.text, job.text
-    assert max(state_history.read(checkpoints)[0]) == 1, "one attempt did it all"
+    assert max(history.read(checkpoints)[0]) == 1, "one attempt did it all"
     assert loop.fingerprint(run_url) == unbroken(f"{bucket_url}/unbroken", data_url, steps)
 
 
@@ -233,7 +232,7 @@ def test_a_full_disk_stops_the_run_with_its_name_and_loses_no_state(
     said = "\n".join(result for result in results if isinstance(result, str))
     assert "ddpm_dist.errors.StorageError" in said, results
     assert "No space left on device" in said
-    _, states = state_history.read(f"{run_url}/checkpoints")
+    _, states = history.read(f"{run_url}/checkpoints")
     assert [state.step for state in states] == [8, 4], "what was acknowledged is there"
     subprocess.run(["mount", "-o", "remount,size=200m", small_disk], check=True)
     end = loop.finish(cfg, 2, Faults(record=str(tmp_path)))

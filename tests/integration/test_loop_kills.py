@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from ddpm_dist import storage
-from ddpm_dist.distributed import state_history
-from tests.integration import jobs
-from tests.integration import loop_ranks as loop
+from ddpm_dist.state import history
+from tests.integration import jobs, loop_ranks as loop
 from tests.integration.loop_ranks import Faults
 
 STEPS = 7
@@ -107,7 +106,7 @@ def test_killed_at_any_change_of_the_store_a_whole_state_is_found(
     cfg = loop.config(f"{bucket_url}/run", data_url, *SAVES)
     results = loop.attempt(cfg, 2, Faults(die_at_change=point, small_parts=True))
     assert results[point[0]] is None, "the rank was killed"
-    _, states = state_history.read(f"{bucket_url}/run/checkpoints")
+    _, states = history.read(f"{bucket_url}/run/checkpoints")
     assert loop.finish(cfg, 2, Faults(small_parts=True)) == saved_unbroken, f"after a death with states {states}"
 
 

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from ddpm_dist import storage
-from ddpm_dist.distributed import state_history
-from tests.integration import jobs
-from tests.integration import loop_ranks as loop
+from ddpm_dist.state import history
+from tests.integration import jobs, loop_ranks as loop
 from tests.integration.loop_ranks import Faults
 
 
@@ -100,7 +99,7 @@ def test_so_many_in_a_row_stop_the_run_and_the_last_state_goes_on(data_url: str,
     assert said
     assert all("NonFiniteError: 3 steps in a row up to step 5" in text for text in said), said
     folder = f"{bucket_url}/run/checkpoints"
-    newest = state_history.read(folder)[1][0]
+    newest = history.read(folder)[1][0]
     assert newest.step <= 4, "no state is taken where the run stops"
     loop.finish(cfg, 2)
-    assert state_history.read(folder)[1][0].step == 8
+    assert history.read(folder)[1][0].step == 8

@@ -12,13 +12,12 @@ import psutil
 import pytest
 
 from ddpm_dist import storage
-from ddpm_dist.distributed import state_history
-from ddpm_dist.distributed.state_history import latest_step
-from tests.integration import jobs
-from tests.integration import loop_ranks as loop
+from ddpm_dist.state import history
+from ddpm_dist.state.history import latest_step
+from tests.integration import jobs, loop_ranks as loop
 from tests.ray_local import RayCluster
-from tools.processes import start_bound
-from tools.s3_server import S3Server
+from tools.local.processes import start_bound
+from tools.local.s3_server import S3Server
 
 EVERY = "checkpoint.every_steps=5"
 
@@ -74,7 +73,7 @@ class Job:
 
 
 def attempts(run_url: str) -> int:
-    return max(state_history.read(f"{run_url}/checkpoints")[0])
+    return max(history.read(f"{run_url}/checkpoints")[0])
 
 
 def ended(job: Job) -> None:

@@ -10,11 +10,11 @@ import psutil
 import pytest
 
 from ddpm_dist import storage
-from ddpm_dist.distributed.state_history import latest_step
 from ddpm_dist.errors import ClusterError
+from ddpm_dist.state.history import latest_step
 from tests.integration import jobs
-from tools.ray_cluster import RayCluster
-from tools.s3_server import S3Server, client_environment
+from tools.local.ray_cluster import RayCluster
+from tools.local.s3_server import S3Server, client_environment
 
 STEPS = 24
 

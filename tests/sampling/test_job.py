@@ -16,17 +16,17 @@ import pytest
 import torch
 
 from ddpm_dist import snapshot, storage
+from ddpm_dist.cluster.pool import ActorPool, Done
 from ddpm_dist.config import ClusterConfig
 from ddpm_dist.data.index import load_index
 from ddpm_dist.data.stream import iterate
-from ddpm_dist.distributed.ray_pool import ActorPool, Done
 from ddpm_dist.errors import ClusterError, ConfigError, DdpmDistError, NotFoundError, SamplingError, SnapshotError
 from ddpm_dist.sampling import job
 from ddpm_dist.sampling.plan import Unit
 from ddpm_dist.sampling.worker import SampleWorker
 from tests.ray_local import ROOT, RayCluster
 from tests.sampling.tiny import SETTINGS, CountingWorker, contents, make_order, make_snapshot
-from tools.s3_server import S3Server
+from tools.local.s3_server import S3Server
 
 CLUSTER = ClusterConfig(wait_seconds=240)
 
@@ -278,7 +278,7 @@ class _Probing(InProcess):
     """As the pool: errors of ours come back as failures."""
 
     def map(self, tasks):  # type: ignore[no-untyped-def]
-        from ddpm_dist.distributed.ray_pool import Failed
+        from ddpm_dist.cluster.pool import Failed
 
         for task in tasks:
             try:
@@ -298,7 +298,7 @@ def test_units_that_fail_are_named_and_the_rest_is_there(tmp_path: Path) -> None
 
     class Spoilt(InProcess):
         def map(self, tasks):  # type: ignore[no-untyped-def]
-            from ddpm_dist.distributed.ray_pool import Failed
+            from ddpm_dist.cluster.pool import Failed
 
             for task in tasks:
                 if getattr(task, "unit", None) == Unit(8, 16):

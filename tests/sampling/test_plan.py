@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from ddpm_dist.config import SamplingConfig
 from ddpm_dist.errors import SamplingError

@@ -9,7 +9,7 @@ from scipy.integrate import quad
 from torch import Tensor
 
 from ddpm_dist.config import Config
-from ddpm_dist.distributed.pieces import Piece
+from ddpm_dist.engine.pieces import Piece
 from ddpm_dist.recipe import validate
 from ddpm_dist.training.ema import Ema, power_exponent, power_label
 from ddpm_dist.training.posthoc import Profile, coefficients, distance, inner_product

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration import jobs
-from tests.integration import loop_ranks as loop
+from tests.integration import jobs, loop_ranks as loop
 from tests.integration.loop_ranks import Faults
 
 GOLDEN = Path(__file__).with_name("golden")

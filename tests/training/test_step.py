@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from ddpm_dist.config import Config
 from ddpm_dist.diffusion.gaussian import GaussianDiffusion
-from ddpm_dist.distributed.engine import StepReport
-from ddpm_dist.distributed.world import World
+from ddpm_dist.engine.engine import StepReport
+from ddpm_dist.engine.world import World
 from ddpm_dist.recipe import parse_config
 from ddpm_dist.training.metrics import PhaseClock
 from ddpm_dist.training.step import BatchPlan, to_model_range, training_step

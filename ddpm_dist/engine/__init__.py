@@ -1,0 +1,35 @@
+"""DeepSpeed behind one class, the pieces of the parameters that a rank holds, and who this process is.
+
+The only room that imports DeepSpeed or makes process groups. It never reads or writes a store, and never hears of data,
+of diffusion or of Ray.
+"""
+
+from typing import TYPE_CHECKING
+
+from ddpm_dist.lazy import lazily
+
+if TYPE_CHECKING:
+    from ddpm_dist.engine.engine import Engine as Engine, StepReport as StepReport
+    from ddpm_dist.engine.pieces import (
+        Address as Address,
+        Ownership as Ownership,
+        Piece as Piece,
+        bytes_of as bytes_of,
+        gather_full as gather_full,
+    )
+    from ddpm_dist.engine.world import (
+        World as World,
+        broadcast_object as broadcast_object,
+        gather_objects as gather_objects,
+        init_world as init_world,
+        use_interface_of as use_interface_of,
+    )
+
+__all__, _named = lazily(
+    __name__,
+    engine="Engine StepReport",
+    pieces="Address Ownership Piece bytes_of gather_full",
+    world="World broadcast_object gather_objects init_world use_interface_of",
+)
+if not TYPE_CHECKING:
+    __getattr__ = _named

@@ -1,0 +1,260 @@
+"""DeepSpeed adapter: ZeRO stages 0-3 with float32 masters, moments and gradient accumulation.
+
+The only module that imports deepspeed; what is assumed of its optimizer classes stands in `zero_layout.py`.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import shutil
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_dist.allocator import keep_freed_memory
+from ddpm_dist.config import Config
+from ddpm_dist.engine.pieces import Piece
+from ddpm_dist.engine.world import World
+from ddpm_dist.engine.zero_layout import LAYOUTS
+from ddpm_dist.errors import ConfigError
+from ddpm_dist.models import SLOW_BF16
+
+if not torch.cuda.is_available():
+    os.environ["DS_ACCELERATOR"] = "cpu"
+import deepspeed
+
+# Without this, DeepSpeed compiles a shared-memory extension for CPU collectives at the first start: a minute,
+# a compiler, and a lock that a SIGKILL leaves behind (pytorch#189245). gloo does that work as well.
+deepspeed.ops.__compatible_ops__ = {}
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated", category=FutureWarning)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MAX_BUCKET_ELEMENTS = 1 << 25
+"""Gradients reduced at once: 128 MiB in float32."""
+PERSISTENT_ELEMENTS = 100_000
+"""Under ZeRO-3, parameters up to this size stay whole on every rank."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What became of an optimizer step."""
+
+    applied: bool
+    """False if the gradient wasn't finite: weights, moments and their step count are what they were."""
+    grad_norm: float
+    """L2 norm of the global batch's mean gradient before clipping; inf or nan if it wasn't finite."""
+    loss_scale: float
+    """Factor that this step's loss was multiplied with; 1 but for fp16."""
+
+
+class Engine:
+    """The network under training on this rank: forward in compute precision, backward, step.
+
+    micro_batch: images of one forward pass. accumulation: backward passes in a step. The weights are those
+    of `network` as it is given, in float32 also where the forward pass runs in bf16 or fp16.
+    """
+
+    def __init__(self, network: nn.Module, cfg: Config, world: World, micro_batch: int, accumulation: int) -> None:
+        check(cfg, world)
+        if world.device.type == "cpu":
+            keep_freed_memory()
+        self.world = world
+        self.accumulation = accumulation
+        self._micro_batch = micro_batch
+        self.shapes = {name: p.shape for name, p in network.named_parameters() if p.requires_grad}
+        """Shape of every trained parameter, in the network's order."""
+        self._clip = cfg.train.grad_clip
+        self._dtype = DTYPES[cfg.precision]
+        self._channels_last = cfg.model.channels_last
+        self._pending = 0
+        numels = {name: shape.numel() for name, shape in self.shapes.items()}
+        initial = None
+        if self._dtype != torch.float32:
+            # DeepSpeed casts the network before it copies the masters from it: they would start rounded.
+            initial = {name: p.detach().to("cpu", copy=True).view(-1) for name, p in network.named_parameters()}
+        self._adam = _make_optimizer(network, cfg, world)
+        with contextlib.redirect_stdout(None):  # it prints memory figures there, whatever the log level
+            self._ds = deepspeed.initialize(
+                model=network,
+                optimizer=self._adam,
+                config=deepspeed_settings(cfg, world, micro_batch, accumulation, sum(numels.values())),
+                dist_init_required=False,
+            )[0]
+        self._layout = LAYOUTS[cfg.zero.stage](self._ds, self._adam, world)
+        self._pieces = self._layout.pieces()
+        if initial is not None:
+            for piece in self._pieces:
+                piece.weights.copy_(initial[piece.name][piece.offset : piece.offset + piece.numel])
+        self.sync_weights()
+        if cfg.model.compile:
+            self._ds.compile()
+
+    def __call__(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Network output [B, C or 2C, H, W] float32 for x [B, C, H, W], t [B], labels [B] int64 or None."""
+        x = x.to(self._dtype)
+        if self._channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        output: Tensor = self._ds(x, t, labels)
+        return output.float()
+
+    def train(self) -> None:
+        self._ds.train()
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of one micro-batch's mean loss, a scalar, to this step's."""
+        assert self._pending < self.accumulation, "more backward passes than the step has micro-batches"
+        self._pending += 1
+        self._ds.backward(loss)
+        if self._pending < self.accumulation:
+            self._ds.step()  # not yet a step: it counts DeepSpeed's micro-batches
+
+    def step(self, lr: float) -> StepReport:
+        """Clips the gradient of the global batch to train.grad_clip, and applies it if it is finite."""
+        assert self._pending == self.accumulation, "fewer backward passes than the step has micro-batches"
+        self._pending = 0
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+        loss_scale = self.loss_scale
+        grad_norm = self._layout.step(self._clip)
+        return StepReport(math.isfinite(grad_norm), grad_norm, loss_scale)
+
+    @property
+    def loss_scale(self) -> float:
+        scaler = self._scaler()
+        return float(scaler.cur_scale) if scaler is not None else 1.0
+
+    def pieces(self) -> list[Piece]:
+        """Live float32 views of the masters and moments that this rank owns; over all ranks, all of them."""
+        return self._pieces
+
+    @torch.no_grad()
+    def sync_weights(self) -> None:
+        """Makes the network compute with the pieces, after they were written in place; a collective."""
+        self._layout.sync()
+
+    def scalars(self) -> dict[str, Any]:
+        """What belongs to the optimizer beside the pieces, as JSON; the same on every rank."""
+        scaler = self._scaler()
+        state = {k: v for k, v in vars(scaler).items() if k in _SCALER_KEYS} if scaler is not None else {}
+        return {"optimizer_steps": int(self._adam_steps()[0]), "loss_scaler": state}
+
+    def load_scalars(self, scalars: dict[str, Any]) -> None:
+        for steps in self._adam_steps():
+            steps.fill_(float(scalars["optimizer_steps"]))
+        scaler = self._scaler()
+        if scaler is not None:
+            vars(scaler).update(scalars["loss_scaler"])
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the bits of a step depend on beside configuration and data."""
+        return {
+            "world_size": self.world.size,
+            "micro_batch": self._micro_batch,
+            "accumulation": self.accumulation,
+            "zero_stage": self._ds.zero_optimization_stage(),
+            "device": _device_name(self.world.device),
+            "threads": torch.get_num_threads(),
+            "widens_bf16": SLOW_BF16,
+            "torch": torch.__version__,
+            "deepspeed": deepspeed.__version__,
+        }
+
+    def close(self) -> None:
+        """Takes DeepSpeed's hooks off the network, so that another engine may use it."""
+        self._ds.destroy()
+
+    def _adam_steps(self) -> list[Tensor]:
+        return [state["step"] for state in self._adam.state.values()]
+
+    def _scaler(self) -> Any | None:
+        return self._ds.optimizer.loss_scaler if self._dtype == torch.float16 else None
+
+
+_SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def check(cfg: Config, world: World) -> None:
+    """Raises ConfigError for what this machine can't do."""
+    if cfg.precision == "fp16" and world.device.type != "cuda":
+        raise ConfigError("precision: fp16 needs CUDA, and there is none here; use bf16")
+    if cfg.model.compile and world.device.type == "cpu":
+        compiler = os.environ.get("CXX", "g++")  # as torch looks for it
+        if shutil.which(compiler) is None:
+            raise ConfigError(
+                f"model.compile: torch.compile needs a C++ compiler, and {compiler} is not on this node; install it on "
+                "every node, or set model.compile=false"
+            )
+
+
+def deepspeed_settings(cfg: Config, world: World, micro_batch: int, accumulation: int, numel: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration, derived from ours. numel: trained elements of the network."""
+    bucket = max(1, min(numel, MAX_BUCKET_ELEMENTS))
+    settings: dict[str, Any] = {
+        "train_batch_size": micro_batch * accumulation * world.size,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "zero_allow_untested_optimizer": True,  # torch.optim.AdamW; DeepSpeed lists Adam alone
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": {
+            "stage": cfg.zero.stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": 2 * MAX_BUCKET_ELEMENTS,
+            "overlap_comm": world.device.type == "cuda",
+        },
+    }
+    if cfg.zero.stage == 3:
+        settings["zero_optimization"] |= {
+            "stage3_prefetch_bucket_size": bucket,
+            "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
+        }
+    if cfg.zero.stage > 0:
+        settings["gradient_clipping"] = cfg.train.grad_clip
+    if cfg.zero.offload_optimizer:
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if cfg.precision == "bf16":
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
+    elif cfg.precision == "fp16":
+        settings["fp16"] = {"enabled": True, "loss_scale": 0}  # 0: dynamic
+    return settings
+
+
+def _make_optimizer(network: nn.Module, cfg: Config, world: World) -> torch.optim.Optimizer:
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    t = cfg.train
+    if cfg.zero.offload_optimizer:
+        return _make_cpu_adam(parameters, cfg)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[t.optimizer]
+    return kind(parameters, lr=t.lr, betas=t.betas, eps=t.eps, weight_decay=t.weight_decay, fused=True)
+
+
+def _make_cpu_adam(parameters: list[nn.Parameter], cfg: Config) -> torch.optim.Optimizer:
+    """DeepSpeed's Adam for masters in host memory; its C++ is compiled at first use.
+
+    It keeps powers of the betas by repeated multiplication, and computes them anew after a resume: with it, and
+    only with it, a resumed run can differ from an unbroken one in the last bits.
+    """
+    t = cfg.train
+    try:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(
+            parameters, lr=t.lr, betas=t.betas, eps=t.eps, weight_decay=t.weight_decay,
+            adamw_mode=t.optimizer == "adamw",
+        )  # fmt: skip
+    except Exception as error:  # its build raises what the compiler's absence or message makes it raise
+        raise ConfigError(
+            "zero.offload_optimizer: DeepSpeedCPUAdam can't be built on this node "
+            f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); install a C++ compiler (g++) and ninja on "
+            "every node, or set zero.offload_optimizer=false"
+        ) from None
+    return optimizer
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

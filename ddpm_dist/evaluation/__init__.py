@@ -1,0 +1,21 @@
+"""Features, distances, bits/dim and the report: what a snapshot is worth, each number beside its floor.
+
+The room never changes a run but in its folder `evaluation/`, and never compares what isn't the same question.
+"""
+
+from typing import TYPE_CHECKING
+
+from ddpm_dist.lazy import lazily
+
+if TYPE_CHECKING:
+    from ddpm_dist.evaluation.order import Order as Order
+    from ddpm_dist.evaluation.report import write_report as write_report
+
+__all__, _named = lazily(
+    __name__,
+    modules="follow job",
+    order="Order",
+    report="write_report",
+)
+if not TYPE_CHECKING:
+    __getattr__ = _named

@@ -1,0 +1,23 @@
+"""Sampling jobs: idempotent units of images, each a function of (snapshot, settings, seed, index).
+
+A job that is started again does what is missing and nothing else. The room never trains, and never judges images.
+"""
+
+from typing import TYPE_CHECKING
+
+from ddpm_dist.lazy import lazily
+
+if TYPE_CHECKING:
+    from ddpm_dist.sampling.images import grid_png as grid_png
+    from ddpm_dist.sampling.plan import Manifest as Manifest
+    from ddpm_dist.sampling.worker import SampleWorker as SampleWorker
+
+__all__, _named = lazily(
+    __name__,
+    modules="job",
+    images="grid_png",
+    plan="Manifest",
+    worker="SampleWorker",
+)
+if not TYPE_CHECKING:
+    __getattr__ = _named

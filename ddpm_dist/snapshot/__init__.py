@@ -1,0 +1,33 @@
+"""Network and process to and from a diffusers folder, and the names that others give to the same parameters.
+
+A snapshot is what is needed to sample, and no more. This room never writes a training state, and never guesses: what a
+folder doesn't say is refused by name.
+"""
+
+from typing import TYPE_CHECKING
+
+from ddpm_dist.lazy import lazily
+
+if TYPE_CHECKING:
+    from ddpm_dist.snapshot.folder import (
+        INDEX as INDEX,
+        build as build,
+        diffusion_in as diffusion_in,
+        load_info as load_info,
+        load_snapshot as load_snapshot,
+        network_in as network_in,
+        network_of as network_of,
+        not_kept_in as not_kept_in,
+        save_snapshot as save_snapshot,
+        snapshot_id as snapshot_id,
+    )
+    from ddpm_dist.snapshot.names import from_official as from_official, load_into as load_into
+
+__all__, _named = lazily(
+    __name__,
+    folder="INDEX build diffusion_in load_info load_snapshot network_in network_of "
+    "not_kept_in save_snapshot snapshot_id",
+    names="from_official load_into",
+)
+if not TYPE_CHECKING:
+    __getattr__ = _named

@@ -1,0 +1,263 @@
+"""Writing a training state in the background: from host copies straight to the store, the manifest last.
+
+How do the ranks agree that all files are there, without stalling the training? Each rank's background thread
+publishes a part manifest when its own files are acknowledged; rank 0's waits until it has seen every part in
+the store, and then publishes the manifest. So no collective is called beside the training's (whose order
+would have to be the same on every rank), a rank that dies leaves nobody waiting in one, and what the manifest
+promises was seen in the store and not merely told.
+"""
+
+import hashlib
+import logging
+import os
+import queue
+import threading
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ddpm_dist import storage
+from ddpm_dist.engine import Address, bytes_of
+from ddpm_dist.errors import NotFoundError, ShortReadError, UnreachableError
+from ddpm_dist.state import format as fmt
+
+log = logging.getLogger(__name__)
+
+UPLOADS = 4
+"""Files of a rank in flight at once."""
+PATIENCE_S = 120.0
+"""How long an outage of the store may last in the middle of a save."""
+PARTS_PATIENCE_S = 600.0
+"""How long rank 0 waits for the parts of the other ranks."""
+NICENESS = 10
+"""The background threads give way to the training where they share a core with it."""
+
+
+@dataclass
+class Job:
+    """A state on its way: what rank 0 must know beside the bytes is in `manifest`."""
+
+    id: fmt.StateId
+    buffer: Tensor | None
+    copied: Callable[[], None]
+    part: fmt.Part
+    shapes: dict[str, list[int]]
+    scalars: dict[str, Any]
+    meta: dict[str, Any]
+    began: float
+
+
+class StateWriter:
+    """Two host buffers and one background thread on each rank.
+
+    published: called on rank 0's background thread after each manifest. may_publish: called there before it,
+    raises if the run has another owner by now.
+    """
+
+    def __init__(
+        self,
+        folder_url: str,
+        rank: int,
+        size: int,
+        published: Callable[[fmt.StateId], None],
+        may_publish: Callable[[], None],
+    ) -> None:
+        self._folder, self._rank, self._size = folder_url, rank, size
+        self._published, self._may_publish = published, may_publish
+        self._jobs: queue.Queue[Job] = queue.Queue()
+        self._free: queue.Queue[Tensor | None] = queue.Queue()
+        for _ in range(2):
+            self._free.put(None)  # made by `prepare`, or at first use
+        self._failure: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        self.last_seconds = 0.0
+        """From the call of `save` to the manifest (rank 0) or the part (others), of the last state written."""
+        self.failed = 0
+        """States that could not be written because the store didn't answer; the training went on."""
+
+    def prepare(self, numel: int, like: Tensor) -> None:
+        """Makes the host buffers, for so many elements, in the background: the pages of a new buffer are slow."""
+
+        def make() -> None:
+            _give_way()
+            for _ in range(2):
+                self._free.put(_fit(self._free.get(), numel, like).zero_())
+
+        threading.Thread(target=make, name="state-buffers", daemon=True).start()
+
+    def save(
+        self,
+        id: fmt.StateId,
+        tensors: dict[str, Sequence[Tensor]],
+        pieces: list[Address],
+        shapes: dict[str, list[int]],
+        scalars: dict[str, Any],
+        meta: dict[str, Any],
+    ) -> None:
+        """Copies the tensors (kind -> 1-D float32, aligned with `pieces`) and returns; the rest is background.
+
+        Waits only if two earlier states are still on their way. Raises what the background met before.
+        """
+        self.poll()
+        began = time.perf_counter()
+        numel = sum(numel for _, _, numel in pieces) * len(tensors)
+        buffer = self._take_buffer(numel, next(iter(tensors.values())))
+        copied = _copy_to_host(buffer, tensors)
+        part = fmt.Part(pieces, list(tensors), [])
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="state-writer", daemon=True)
+            self._thread.start()
+        self._jobs.put(Job(id, buffer, copied, part, shapes, scalars, meta, began))
+
+    def poll(self) -> None:
+        """Raises what a save in the background met, unless it was an outage of the store (`failed` counts those)."""
+        if self._failure is not None:
+            raise self._failure
+
+    def wait(self) -> None:
+        """Until all states are written; raises what they met, an outage in the last one included."""
+        failed = self.failed
+        self._jobs.join()
+        self.poll()
+        if self.failed > failed:
+            raise UnreachableError(f"{storage.redact(self._folder)}: the last state could not be written; see the log")
+
+    def _take_buffer(self, numel: int, like: Sequence[Tensor]) -> Tensor:
+        if self._free.empty():
+            log.warning("two states are still being written; the training waits for the store")
+        return _fit(self._free.get(), numel, like[0] if like else torch.empty(0))
+
+    def _work(self) -> None:
+        _give_way()
+        while True:
+            job = self._jobs.get()
+            try:
+                self._write(job)
+                self.last_seconds = time.perf_counter() - job.began
+            except (UnreachableError, ShortReadError) as error:
+                self.failed += 1
+                log.error("state %s was not saved, the training goes on: %s", job.id, error)
+            except BaseException as error:  # handed to the training thread by poll()
+                self._failure = error
+            finally:
+                self._release(job)
+                self._jobs.task_done()
+
+    def _release(self, job: Job) -> None:
+        if job.buffer is not None:
+            self._free.put(job.buffer)
+            job.buffer = None
+
+    def _write(self, job: Job) -> None:
+        assert job.buffer is not None
+        job.copied()
+        url = storage.join(self._folder, str(job.id))
+        data = bytes_of(job.buffer)
+        starts = range(0, len(data), fmt.FILE_BYTES)
+        files = in_parallel(lambda start: self._upload(url, data[start : start + fmt.FILE_BYTES], start), starts)
+        part = fmt.Part(job.part.pieces, job.part.kinds, files)
+        self._release(job)
+        if self._rank != 0:
+            storage.publish(_part_url(url, self._rank), fmt.encode_part(part), PATIENCE_S)
+            return
+        parts = [part, *(self._await_part(url, rank) for rank in range(1, self._size))]
+        sizes = (fmt.FILE_BYTES, fmt.BLOCK_BYTES)
+        manifest = fmt.Manifest(job.id, job.shapes, parts, job.scalars, job.meta, *sizes)
+        fmt.check_complete(manifest, str(job.id))
+        self._may_publish()
+        storage.publish(storage.join(url, fmt.MANIFEST), fmt.encode_manifest(manifest), PATIENCE_S)
+        self._published(job.id)
+
+    def _upload(self, url: str, content: memoryview, start: int) -> fmt.File:
+        name = f"{self._rank:05d}-{start // fmt.FILE_BYTES:03d}.f32"
+        storage.publish(storage.join(url, name), content, PATIENCE_S)
+        crc32 = [zlib.crc32(content[i : i + fmt.BLOCK_BYTES]) for i in range(0, len(content), fmt.BLOCK_BYTES)]
+        return fmt.File(name, len(content), hashlib.sha256(content).hexdigest(), crc32)
+
+    def _await_part(self, url: str, rank: int) -> fmt.Part:
+        deadline = time.monotonic() + PARTS_PATIENCE_S
+        pause = 0.02
+        while True:
+            try:
+                part_url = _part_url(url, rank)
+                return fmt.decode_part(storage.read(part_url, PATIENCE_S), storage.redact(part_url))
+            except NotFoundError:
+                if time.monotonic() > deadline:
+                    raise UnreachableError(
+                        f"rank {rank} has not written its part of {storage.redact(url)} in {PARTS_PATIENCE_S:.0f} s"
+                    ) from None
+            time.sleep(pause)
+            pause = min(1.0, 1.5 * pause)
+
+
+T = TypeVar("T")
+
+
+def in_parallel(action: Callable[[int], T], items: Sequence[int], threads: int = UPLOADS) -> list[T]:
+    """[action(item) …] by a few threads; raises the first error. They are daemons: a process that is to end, ends."""
+    results: dict[int, T] = {}
+    errors: list[BaseException] = []
+    rest = iter(items)
+    lock = threading.Lock()
+
+    def work() -> None:
+        _give_way()
+        while not errors:
+            with lock:
+                item = next(rest, None)
+            if item is None:
+                return
+            try:
+                results[item] = action(item)
+            except BaseException as error:  # raised below, in the caller's thread
+                errors.append(error)
+
+    workers = [threading.Thread(target=work, daemon=True) for _ in range(min(threads, len(items)))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if errors:
+        raise errors[0]
+    return [results[item] for item in items]
+
+
+def _fit(buffer: Tensor | None, numel: int, like: Tensor) -> Tensor:
+    """A host buffer for so many elements, pinned if they come from a GPU; the one that is there, if it fits."""
+    if buffer is None or buffer.numel() != numel:
+        buffer = torch.empty(numel, dtype=torch.float32, pin_memory=like.is_cuda)
+    return buffer
+
+
+def _part_url(url: str, rank: int) -> str:
+    return storage.join(url, f"part-{rank:05d}.json")
+
+
+@torch.no_grad()
+def _copy_to_host(buffer: Tensor, tensors: dict[str, Sequence[Tensor]]) -> Callable[[], None]:
+    """Starts the copy, in order with the work on the device; the result waits for its end (the writer calls it)."""
+    start = 0
+    on_cuda = False
+    for kind in tensors.values():
+        for tensor in kind:
+            buffer[start : start + tensor.numel()].copy_(tensor, non_blocking=True)
+            start += tensor.numel()
+            on_cuda = on_cuda or tensor.is_cuda
+    if not on_cuda:
+        return lambda: None
+    done = torch.cuda.Event()
+    done.record()
+    return done.synchronize
+
+
+def _give_way() -> None:
+    """Lowers the calling thread's priority; on Linux a niceness belongs to the thread."""
+    try:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+    except (AttributeError, OSError):
+        pass

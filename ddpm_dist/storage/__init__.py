@@ -1,0 +1,41 @@
+"""Objects at any fsspec URL: whole and range reads, atomic publish, create-once, retries, clean-up.
+
+All that touches a store goes through here, and nothing here knows what it stores. It never caches, never lists more
+than it is asked for, and never shows a credential.
+"""
+
+from typing import TYPE_CHECKING
+
+from ddpm_dist.lazy import lazily
+
+if TYPE_CHECKING:
+    from ddpm_dist.storage.errors import PATIENCE_S as PATIENCE_S, redact as redact
+    from ddpm_dist.storage.objects import (
+        CONNECT_TIMEOUT_S as CONNECT_TIMEOUT_S,
+        READ_TIMEOUT_S as READ_TIMEOUT_S,
+        abort_uploads as abort_uploads,
+        check_access as check_access,
+        clear_instances as clear_instances,
+        create as create,
+        delete as delete,
+        delete_tree as delete_tree,
+        exists as exists,
+        join as join,
+        list_names as list_names,
+        list_objects as list_objects,
+        publish as publish,
+        read as read,
+        read_range as read_range,
+        signed_url as signed_url,
+        size as size,
+        upload as upload,
+    )
+
+__all__, _named = lazily(
+    __name__,
+    errors="PATIENCE_S redact",
+    objects="CONNECT_TIMEOUT_S READ_TIMEOUT_S abort_uploads check_access create delete delete_tree exists "
+    "clear_instances join list_names list_objects publish read read_range signed_url size upload",
+)
+if not TYPE_CHECKING:
+    __getattr__ = _named

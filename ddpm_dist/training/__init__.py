@@ -1,0 +1,36 @@
+"""The step, the averages and the loop, and what a run's folder holds beside its states.
+
+Everything that happens between a batch and a snapshot, the same under each launcher. The room never starts a cluster,
+and never samples more than the grid of a snapshot.
+"""
+
+from typing import TYPE_CHECKING
+
+from ddpm_dist.lazy import lazily
+
+if TYPE_CHECKING:
+    from ddpm_dist.training.ema import power_label as power_label
+    from ddpm_dist.training.entry import (
+        deepspeed_worker as deepspeed_worker,
+        finished as finished,
+        ray_worker as ray_worker,
+        report_end as report_end,
+    )
+    from ddpm_dist.training.metrics import (
+        EVENTS as EVENTS,
+        EventLog as EventLog,
+        Events as Events,
+        read_events as read_events,
+    )
+    from ddpm_dist.training.posthoc import Profile as Profile, coefficients as coefficients, distance as distance
+
+__all__, _named = lazily(
+    __name__,
+    modules="run_folder",
+    entry="deepspeed_worker finished ray_worker report_end",
+    ema="power_label",
+    metrics="EVENTS EventLog Events read_events",
+    posthoc="Profile coefficients distance",
+)
+if not TYPE_CHECKING:
+    __getattr__ = _named
