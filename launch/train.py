@@ -1,35 +1,6 @@
-"""Trains on a Ray cluster: `ray job submit --working-dir . -- python launch/train.py --config FILE key=value …`.
+"""Trains on a Ray cluster: `ray job submit --working-dir . -- python launch/train.py --config FILE key=value …`."""
 
-Without a cluster (RAY_ADDRESS is not set) Ray is started on this machine alone.
-"""
-
-if __name__ == "__main__":
-    from ddpm_dist import interrupt
-
-    interrupt.leave_quietly()
-
-from collections.abc import Sequence
-from functools import partial
-
-from ddpm_dist import cli
-from ddpm_dist.cluster import connect_ray, preemption_announced, train_on_ray
-from ddpm_dist.evaluation.follow import check_config as check_follower, start_beside
-from ddpm_dist.state import latest_step
-from ddpm_dist.training import finished, ray_worker, report_end, run_folder
-
-
-def main(argv: Sequence[str] | None) -> None:
-    """Checks everything that can be checked without workers, then trains until the run is finished."""
-    cfg = cli.config_from(cli.config_parser("Train a DDPM on a Ray cluster.").parse_intermixed_args(argv))
-    check_follower(cfg)
-    token = run_folder.new_token()
-    if not finished(cfg, token):
-        connect_ray()
-        start_beside(cfg)
-        worker = partial(ray_worker, token=token, preempted=preemption_announced)
-        train_on_ray(cfg, worker, partial(latest_step, cfg.run.url))
-    report_end(cfg)
-
+from ddpm_dist.commands import scripts
 
 if __name__ == "__main__":
-    cli.run(main)
+    scripts.train()

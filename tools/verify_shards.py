@@ -1,41 +1,6 @@
-"""Checks a data set against its index, and every image, and says what is wrong.
+"""Checks a data set against its index, and every image, and says what is wrong."""
 
-tools/verify_shards.py s3://bucket/folder
-
-Exit code 0: all is as the index says and every image decodes; 1: the lines printed say what isn't.
-"""
+from ddpm_dist.commands import scripts
 
 if __name__ == "__main__":
-    from ddpm_dist import interrupt
-
-    interrupt.leave_quietly()
-
-import argparse
-import sys
-from collections.abc import Sequence
-
-from ddpm_dist import cli
-from ddpm_dist.data import verify_shards
-from ddpm_dist.progress import counted
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("url", metavar="URL")
-    parser.add_argument("--no-decode", action="store_true", help="hashes and structure, without decoding the images")
-    parser.add_argument(
-        "--workers", type=cli.positive, metavar="N", help="processes (default: all cores, 1 for small sets)"
-    )
-    args = parser.parse_args(argv)
-    problems = verify_shards(args.url, workers=args.workers, decoded=not args.no_decode)
-    for problem in problems:
-        print(f"{problem.shard}: {problem.what}")
-    print(f"{args.url}: {counted(len(problems), 'problem') if problems else 'all is as the index says'}")
-    if problems:
-        sys.exit(cli.EXIT_ERROR)
-
-
-if __name__ == "__main__":
-    cli.run(main)
+    scripts.verify_shards()

@@ -1,4 +1,15 @@
-"""The words of `launch/evaluate.py`: from arguments to orders."""
+"""Compares samples with data: Fréchet distances and more, each beside its real-against-real floor.
+
+    ray job submit --working-dir . -- python launch/evaluate.py --config configs/digits.yaml \
+        --samples s3://bucket/run/samples/000003000-seed0
+    python launch/evaluate.py --snapshot s3://bucket/run/snapshots/000010000 --data s3://bucket/data \
+        --metrics fid,prdc --network inception=s3://bucket/pt_inception-2015-12-05-6726825d.pth --out s3://bucket/eval
+
+    python launch/evaluate.py --follow s3://bucket/run
+
+The last line on stdout is the result as JSON; it is also written to <run.url>/evaluation/results/. With --follow,
+each snapshot of a run is evaluated as it comes, and evaluation/report.html shows all of it.
+"""
 
 import argparse
 import json
@@ -156,3 +167,7 @@ def _network(text: str) -> tuple[str, str]:
     if not equals or not url:
         raise EvaluationError(f"--network {text}: expected NAME=URL")
     return name, url
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run(parser(__doc__ or "").parse_intermixed_args(argv))

@@ -1,4 +1,12 @@
-"""The words of `launch/sample.py`: from arguments to orders."""
+"""Draws images from a snapshot, on all workers of a Ray cluster that are free.
+
+    ray job submit --working-dir . -- python launch/sample.py --config configs/digits.yaml --num-samples 1797
+    python launch/sample.py --snapshot s3://bucket/run/snapshots/000010000 --out s3://bucket/samples \
+        --num-samples 50000 --workers 1:8 sampling.sampler=ddim sampling.steps=50 cluster.gpus_per_worker=1
+
+With --config, the snapshot is the run's newest and the images go to <run.url>/samples/. A job that is started
+again does what is missing. `--sweep sampling.steps=10,50,100` makes one folder for each value, with one pool.
+"""
 
 import argparse
 import itertools
@@ -191,3 +199,8 @@ def _axis(text: str) -> list[tuple[str, str]]:
     if not all(values.split(",")):
         raise SamplingError(f"--sweep {text}: an empty value")
     return [(key, value) for value in values.split(",")]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    for result in run(parser(__doc__ or "").parse_intermixed_args(argv)):
+        print(describe(result), flush=True)

@@ -8,6 +8,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from ddpm_dist import storage
+from ddpm_dist.commands.convert_weights import main, output_checksum
 from ddpm_dist.diffusion.gaussian import GaussianDiffusion
 from ddpm_dist.diffusion.schedules import make_betas
 from ddpm_dist.errors import ConfigError, SnapshotError
@@ -15,7 +16,6 @@ from ddpm_dist.snapshot import load_info, load_snapshot, save_snapshot
 from ddpm_dist.snapshot.names import EMA_SUFFIX
 from tests.models.networks import distance, inputs, random_unet, tiny_config
 from tests.models.official import official_variables
-from tools.convert_weights import main, output_checksum
 
 RECIPE = """
 run: {url: "memory://run"}

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from ddpm_dist import storage
+from ddpm_dist.commands import index_shards, inspect_batch, verify_shards
 from ddpm_dist.errors import ConfigError
 from tests.data.small_sets import config, global_batches, write_set, write_with_bad
-from tools import index_shards, inspect_batch, verify_shards
 
 
 @pytest.mark.parametrize("step", [0, 7, 31])

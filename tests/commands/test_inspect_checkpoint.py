@@ -6,10 +6,10 @@ import pytest
 import safetensors.torch
 import torch
 
+from ddpm_dist.commands.inspect_checkpoint import main
 from ddpm_dist.errors import DamagedStateError, StateError
 from ddpm_dist.state import format as fmt, history
 from ddpm_dist.state.writer import StateWriter
-from tools.inspect_checkpoint import main
 
 SHAPES = {"conv.weight": [4, 3, 2], "conv.bias": [5]}
 

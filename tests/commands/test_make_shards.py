@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from ddpm_dist import storage
+from ddpm_dist.commands import make_shards
 from ddpm_dist.data.build import shuffled
 from ddpm_dist.data.decode import encode_png
 from ddpm_dist.data.foreign import verify_shards
@@ -20,7 +21,6 @@ from ddpm_dist.data.stream import iterate
 from ddpm_dist.errors import ConfigError, DataError
 from tests.data.small_sets import config, global_batches, random_images
 from tests.ray_local import RayCluster
-from tools import make_shards
 
 ROOT = Path(__file__).resolve().parents[2]
 

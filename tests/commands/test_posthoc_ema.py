@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from ddpm_dist import storage
+from ddpm_dist.commands.posthoc_ema import main
 from ddpm_dist.engine.pieces import Piece
 from ddpm_dist.errors import ConfigError, SnapshotError
 from ddpm_dist.recipe import validate
 from ddpm_dist.snapshot import build, load_info, load_snapshot, save_snapshot
 from ddpm_dist.training.ema import Ema, power_label
-from tools.posthoc_ema import main
 
 STEPS, EVERY, WANTED = 300, 50, 0.08
 BATCH = 4

@@ -46,7 +46,7 @@ def recorded_worker(arguments: dict[str, Any], token: str, preempted: Callable[[
 
 
 if __name__ == "__main__":
-    from launch import train
+    from ddpm_dist.commands import train
 
     train.ray_worker = recorded_worker
     cli.run(train.main)

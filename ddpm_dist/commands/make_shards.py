@@ -1,0 +1,109 @@
+"""Writes a data set: WebDataset shards and their index, at any URL.
+
+    tools/make_shards.py digits s3://bucket/digits
+    tools/make_shards.py fashion-mnist --split test file:///data/fashion-test
+    tools/make_shards.py emoji --split heldout s3://bucket/emoji-heldout
+    tools/make_shards.py cifar10 cifar-10-python.tar.gz s3://bucket/cifar10
+    tools/make_shards.py folder photos --size 256 --format jpeg s3://bucket/photos256
+    tools/make_shards.py parquet s3://bucket/imagenet-parquet --size 256 --ray 64 s3://bucket/imagenet256
+
+Started again after a kill, it makes what is missing. It never overwrites.
+"""
+
+import argparse
+import os
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+from ddpm_dist import cli
+from ddpm_dist.cluster import ActorPool, Failed
+from ddpm_dist.config import ClusterConfig
+from ddpm_dist.data import SOURCES, Plan, ShardMaker, SourceOptions, make_plan, run_in_processes
+from ddpm_dist.data.build import build
+
+SMALL = 5000
+"""Samples up to which starting processes costs more than they save."""
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("kind", choices=list(SOURCES), help="what the input is")
+    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="files, folders or URLs of the input")
+    parser.add_argument("url", metavar="URL", help="folder of the new data set, such as s3://bucket/name")
+    parser.add_argument(
+        "--split", default="train", help="part of a data set that is published in parts (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--labels",
+        metavar="FILE",
+        help='a CSV of file,class or a JSON {file: class}; for idx, its labels file; or "none" (default: what the '
+        "input holds, for files the folders that they lie in)",
+    )
+    parser.add_argument(
+        "--size",
+        type=cli.positive,
+        metavar="PIXELS",
+        help="resize and centre-crop to this height and width (default: as they are; emoji: 32)",
+    )
+    parser.add_argument(
+        "--channels", type=int, choices=(1, 3), help="convert to grey or RGB (default: grey stays grey, all else RGB)"
+    )
+    parser.add_argument(
+        "--format",
+        default="png",
+        choices=("png", "jpeg", "raw", "keep"),
+        help="keep: the input's files as they are (default: %(default)s)",
+    )
+    parser.add_argument("--quality", type=cli.percent, default=95, help="of JPEG (default: %(default)s)")
+    parser.add_argument(
+        "--shard-bytes",
+        type=cli.positive,
+        default=2**26,
+        metavar="BYTES",
+        help="about so many a shard, and at least 8 shards (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shard-samples", type=cli.positive, metavar="N", help="exactly so many a shard, instead of bytes"
+    )
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of the shuffle before writing (default: %(default)s)")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out images that can't be decoded")
+    parser.add_argument("--no-shuffle", action="store_true", help="keep the input's order")
+    parser.add_argument(
+        "--workers", type=cli.positive, metavar="N", help="processes (default: all cores, 1 for small sets)"
+    )
+    parser.add_argument(
+        "--ray", type=cli.positive, metavar="N", help="instead: up to N Ray workers, on the nodes of a cluster"
+    )
+    return parser.parse_intermixed_args(argv)  # options may stand between INPUT and URL
+
+
+def run_on_ray(workers: int, plan: Plan, url: str, numbers: list[int]) -> Iterator[int]:
+    """Shards over the nodes of the cluster at RAY_ADDRESS; input and output must be reachable from each."""
+    with ActorPool(partial(ShardMaker, plan, url), (1, workers), ClusterConfig()) as pool:
+        for outcome in pool.map(numbers):
+            if isinstance(outcome, Failed):
+                raise outcome.error
+            yield outcome.value
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    options = SourceOptions(tuple(args.inputs), args.split, args.labels, args.size)
+    plan = make_plan(
+        args.kind,
+        options,
+        format=args.format,
+        quality=args.quality,
+        channels=args.channels,
+        shuffle_seed=None if args.no_shuffle else args.seed,
+        skip_bad=args.skip_bad,
+        samples_per_shard=args.shard_samples,
+        bytes_per_shard=args.shard_bytes,
+    )
+    if args.ray:
+        build(plan, args.url, partial(run_on_ray, args.ray))
+        return
+    workers = args.workers or (1 if plan.samples < SMALL else os.cpu_count() or 1)
+    build(plan, args.url, partial(run_in_processes, workers))

@@ -1,0 +1,81 @@
+"""The programs: each asks for a quiet Ctrl-C, loads its command and runs it. launch/, tools/ and setup.py call these.
+
+Nothing is imported before a program has begun, so that its packages load under the quiet Ctrl-C, and what else
+imports a script keeps its own.
+"""
+
+import importlib
+import sys
+
+from ddpm_dist import interrupt
+
+
+def _run(command: str) -> None:
+    interrupt.leave_quietly()
+    from ddpm_dist import cli
+
+    cli.run(importlib.import_module(f"ddpm_dist.commands.{command}").main)
+
+
+def train() -> None:
+    _run("train")
+
+
+def train_deepspeed() -> None:
+    _run("train_deepspeed")
+
+
+def sample() -> None:
+    _run("sample")
+
+
+def evaluate() -> None:
+    _run("evaluate")
+
+
+def make_shards() -> None:
+    _run("make_shards")
+
+
+def index_shards() -> None:
+    _run("index_shards")
+
+
+def verify_shards() -> None:
+    _run("verify_shards")
+
+
+def inspect_batch() -> None:
+    _run("inspect_batch")
+
+
+def inspect_checkpoint() -> None:
+    _run("inspect_checkpoint")
+
+
+def convert_weights() -> None:
+    _run("convert_weights")
+
+
+def posthoc_ema() -> None:
+    _run("posthoc_ema")
+
+
+def shards() -> None:
+    """`ddpm-shards make|index|verify …`."""
+    _run_one_of("ddpm-shards", {"make": make_shards, "index": index_shards, "verify": verify_shards})
+
+
+def inspect() -> None:
+    """`ddpm-inspect batch|checkpoint …`."""
+    _run_one_of("ddpm-inspect", {"batch": inspect_batch, "checkpoint": inspect_checkpoint})
+
+
+def _run_one_of(program: str, commands: dict) -> None:  # type: ignore[type-arg]
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    if word not in commands:
+        asked = word in ("-h", "--help")
+        print(f"usage: {program} {'|'.join(commands)} …  (each with --help)", file=sys.stdout if asked else sys.stderr)
+        sys.exit(0 if asked else 2)
+    sys.argv[:2] = [f"{program} {word}"]
+    commands[word]()
