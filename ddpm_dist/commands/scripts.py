@@ -6,6 +6,7 @@ imports a script keeps its own.
 
 import importlib
 import sys
+from collections.abc import Callable
 
 from ddpm_dist import interrupt
 
@@ -71,7 +72,7 @@ def inspect() -> None:
     _run_one_of("ddpm-inspect", {"batch": inspect_batch, "checkpoint": inspect_checkpoint})
 
 
-def _run_one_of(program: str, commands: dict) -> None:  # type: ignore[type-arg]
+def _run_one_of(program: str, commands: dict[str, Callable[[], None]]) -> None:
     word = sys.argv[1] if len(sys.argv) > 1 else ""
     if word not in commands:
         asked = word in ("-h", "--help")
