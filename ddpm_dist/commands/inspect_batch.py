@@ -10,11 +10,8 @@ each URL=WEIGHT.
 
 import argparse
 import json
-import logging
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +19,10 @@ import numpy as np
 from PIL import Image
 
 from ddpm_dist import cli
-from ddpm_dist.config import DataConfig, default_streams
-from ddpm_dist.data import share_of
-from ddpm_dist.data.decode import BadSampleError, Pixels, decode
-from ddpm_dist.data.fetch import ShardReader
-from ddpm_dist.data.loader import open_urls
-from ddpm_dist.data.order import Order
-from ddpm_dist.data.stream import substitute
+from ddpm_dist.config import DataConfig
+from ddpm_dist.data import BatchView, Pixels, share_of
 from ddpm_dist.errors import ConfigError
 
-log = logging.getLogger(__name__)
-
-THREADS = 16
 GAP = 2
 
 
@@ -46,24 +35,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, number in (("--world", args.world), ("--streams", args.streams or 1)):
         if args.global_batch % number:
             raise ConfigError(f"{name} {number} doesn't divide --global-batch {args.global_batch}")
-    indexes, weights = open_urls(dict(map(_weighted, args.urls)), args.exclude)
-    order = Order(
-        [index.counts for index in indexes],
+    view = BatchView(
+        dict(map(_weighted, args.urls)),
         seed=args.seed,
         global_batch=args.global_batch,
-        streams=args.streams or default_streams(args.global_batch),
+        streams=args.streams,
         shuffle_block=args.shuffle_block,
-        weights=weights,
+        exclude=args.exclude,
     )
-    readers = [ShardReader(index) for index in indexes]
-    with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(partial(trained_on, order, readers, args.step), range(args.global_batch)))
-    keys = [key for key, _ in found]
+    samples = view.samples(args.step)
+    keys = [key for key, _ in samples]
     if args.picture:
-        draw([image for _, image in found], args.world, args.picture)
+        draw([image for _, image in samples], args.world, args.picture)
     shares = [share_of(rank, args.world, args.global_batch) for rank in range(args.world)]
     ranks = [keys[first:last] for first, last in shares]
-    print(json.dumps({"step": args.step, "epoch": order.epoch(args.step), "ranks": ranks}))
+    print(json.dumps({"step": args.step, "epoch": view.epoch(args.step), "ranks": ranks}))
 
 
 def parse(argv: Sequence[str] | None) -> Any:
@@ -86,18 +72,6 @@ def parse(argv: Sequence[str] | None) -> Any:
     parser.add_argument("--step", type=cli.count, required=True, metavar="N", help="the first is 0")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the batch, one row or more a rank")
     return parser.parse_intermixed_args(argv)
-
-
-def trained_on(order: Order, readers: Sequence[ShardReader], step: int, place: int) -> tuple[str, Pixels]:
-    """Key and RGB image of the sample that stands at a place of a batch."""
-    found = order.at(step, place, place + 1)
-    sample = readers[int(found.set[0])].sample(int(found.shard[0]), int(found.sample[0]))
-    try:
-        return sample.key, decode(sample.image, None, 3)
-    except BadSampleError as error:
-        instead, image = substitute(order, readers, step, place, None, 3)
-        log.warning("place %d: %s can't be decoded (%s); %s took its place", place, sample.key, error, instead.key)
-        return instead.key, image
 
 
 def draw(images: Sequence[Pixels], world: int, path: Path) -> None:

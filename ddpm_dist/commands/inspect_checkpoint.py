@@ -19,7 +19,7 @@ import torch
 
 from ddpm_dist import cli, storage
 from ddpm_dist.errors import NotFoundError, StateError
-from ddpm_dist.state import format as fmt, history, read_full, read_manifest, verify
+from ddpm_dist.state import MANIFEST, Manifest, StateId, history, read_full, read_manifest, verify
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,12 +32,12 @@ def list_states(args: argparse.Namespace) -> None:
     url = storage.join(args.url, "checkpoints")
     names = storage.list_objects(url)
     _, valid = history.read(url)
-    folders = sorted({s for name in names if (s := fmt.StateId.parse(name.split("/")[0]))}, reverse=True)
+    folders = sorted({s for name in names if (s := StateId.parse(name.split("/")[0]))}, reverse=True)
     if not folders:
         raise StateError(f"{storage.redact(url)}: no training states")
     for state in folders:
         inside = [size for name, size in names.items() if name.startswith(f"{state}/")]
-        if f"{state}/{fmt.MANIFEST}" not in names:
+        if f"{state}/{MANIFEST}" not in names:
             standing = "unfinished: no manifest"
         elif state in valid:
             standing = "valid" + (", the next attempt continues it" if state == valid[0] else "")
@@ -98,7 +98,7 @@ def extract(args: argparse.Namespace) -> None:
     print(f"{args.out}: {len(tensors)} tensors of {args.kind} at step {manifest.id.step}")
 
 
-def _open(url: str) -> tuple[str, fmt.Manifest]:
+def _open(url: str) -> tuple[str, Manifest]:
     """(URL of the state, its manifest) of a state, or of a run's newest valid one."""
     try:
         return url, read_manifest(url)
@@ -107,7 +107,7 @@ def _open(url: str) -> tuple[str, fmt.Manifest]:
         _, valid = history.read(folder)
         if not valid:
             raise StateError(
-                f"{storage.redact(url)}: neither a state (no {fmt.MANIFEST}) nor a run that has one; "
+                f"{storage.redact(url)}: neither a state (no {MANIFEST}) nor a run that has one; "
                 "`inspect_checkpoint.py list RUN` shows what there is"
             ) from None
         state_url = storage.join(folder, str(valid[0]))

@@ -18,8 +18,8 @@ from functools import partial
 from ddpm_dist import cli
 from ddpm_dist.cluster import ActorPool, Failed
 from ddpm_dist.config import ClusterConfig
-from ddpm_dist.data import SOURCES, Plan, ShardMaker, SourceOptions, make_plan, run_in_processes
-from ddpm_dist.data.build import build
+from ddpm_dist.data import SOURCES, SourceOptions
+from ddpm_dist.data.build import Plan, ShardMaker, build, make_plan, run_in_processes
 
 SMALL = 5000
 """Samples up to which starting processes costs more than they save."""

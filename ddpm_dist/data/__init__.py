@@ -9,13 +9,7 @@ from typing import TYPE_CHECKING
 from ddpm_dist.lazy import lazily
 
 if TYPE_CHECKING:
-    from ddpm_dist.data.build import (
-        Plan as Plan,
-        ShardMaker as ShardMaker,
-        make_plan as make_plan,
-        run_in_processes as run_in_processes,
-    )
-    from ddpm_dist.data.decode import encode_png as encode_png, encode_raw as encode_raw
+    from ddpm_dist.data.decode import Pixels as Pixels, encode_png as encode_png, encode_raw as encode_raw
     from ddpm_dist.data.foreign import (
         DEFAULT_LABEL as DEFAULT_LABEL,
         index_shards as index_shards,
@@ -26,6 +20,7 @@ if TYPE_CHECKING:
     from ddpm_dist.data.order import share_of as share_of
     from ddpm_dist.data.sources import SOURCES as SOURCES, SourceOptions as SourceOptions
     from ddpm_dist.data.stream import iterate as iterate
+    from ddpm_dist.data.view import BatchView as BatchView
     from ddpm_dist.data.writer import (
         EncodedSample as EncodedSample,
         ShardSummary as ShardSummary,
@@ -36,13 +31,14 @@ if TYPE_CHECKING:
 
 __all__, _named = lazily(
     __name__,
+    modules="build",
     index="DataIndex ShardInfo load_index",
     loader="Batch Loader",
     order="share_of",
     stream="iterate",
-    decode="encode_png encode_raw",
+    decode="Pixels encode_png encode_raw",
     writer="EncodedSample ShardSummary WrittenShard write_index write_shard",
-    build="Plan ShardMaker make_plan run_in_processes",
+    view="BatchView",
     foreign="DEFAULT_LABEL index_shards verify_shards",
     sources="SOURCES SourceOptions",
 )

@@ -1,6 +1,7 @@
 """Features, distances, bits/dim and the report: what a snapshot is worth, each number beside its floor.
 
-The room never changes a run but in its folder `evaluation/`, and never compares what isn't the same question.
+Order, job, follower and report, from images to a table. The room changes a run only in its folder `evaluation/`, and
+never compares what isn't the same question.
 """
 
 from typing import TYPE_CHECKING

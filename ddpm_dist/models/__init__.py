@@ -1,6 +1,6 @@
 """The ε-network: tensors in, tensors out, with `UNet2DModel`'s parameter names.
 
-It never hears of data, engines, schedules or files.
+Single-device code: parallelism is applied from outside. It never hears of data, engines, schedules or files.
 """
 
 from typing import TYPE_CHECKING

@@ -24,7 +24,7 @@ import ddpm_dist
 from ddpm_dist import snapshot, storage
 from ddpm_dist.cluster import ActorPool, Done
 from ddpm_dist.config import ClusterConfig, SamplingConfig
-from ddpm_dist.data import decode, iterate, write_index
+from ddpm_dist.data import encode_png, iterate, write_index
 from ddpm_dist.errors import NotFoundError, SamplingError
 from ddpm_dist.progress import Progress, counted
 from ddpm_dist.sampling.images import NpzWriter, grid_png
@@ -261,7 +261,7 @@ def export_png(out: str, url: str) -> None:
     with ThreadPoolExecutor(_THREADS) as writers:
         while block := list(itertools.islice(samples, 16 * _THREADS)):
             names = [f"{s.key}.png" if s.label is None else f"{s.label}/{s.key}.png" for s in block]
-            files = [decode.encode_png(sample.image.transpose(1, 2, 0)) for sample in block]
+            files = [encode_png(sample.image.transpose(1, 2, 0)) for sample in block]
             list(writers.map(storage.publish, [storage.join(url, name) for name in names], files))
 
 

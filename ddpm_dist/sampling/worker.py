@@ -16,7 +16,7 @@ from torch import Tensor
 from ddpm_dist import snapshot, storage
 from ddpm_dist.allocator import keep_freed_memory
 from ddpm_dist.config import SamplingConfig
-from ddpm_dist.data import EncodedSample, ShardInfo, ShardSummary, WrittenShard, decode, write_shard
+from ddpm_dist.data import EncodedSample, ShardInfo, ShardSummary, WrittenShard, encode_png, encode_raw, write_shard
 from ddpm_dist.diffusion import GaussianDiffusion, Network, check_settings, sample
 from ddpm_dist.errors import SamplingError, WorkerRefusedError
 from ddpm_dist.sampling.capture import captured
@@ -214,7 +214,7 @@ def device_kind(device: torch.device) -> str:
 
 def _encode(manifest: Manifest, unit: Unit, images: Tensor, labels: Tensor | None) -> list[EncodedSample]:
     raw = manifest.sampling.format == "raw"
-    encode = decode.encode_raw if raw else decode.encode_png
+    encode = encode_raw if raw else encode_png
     samples = []
     for offset, image in enumerate(images.permute(0, 2, 3, 1).contiguous().numpy()):
         label = None if labels is None else int(labels[offset])
