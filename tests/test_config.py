@@ -7,10 +7,11 @@ import pytest
 
 from ddpm_dist.config import Config
 from ddpm_dist.errors import ConfigError
-from ddpm_dist.recipe import differences, load_config, parse_config
+from ddpm_dist.recipe import differences, dump_config, load_config, parse_config
 from ddpm_dist.snapshot import build
 
-RECIPES = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
+HERE = Path(__file__).resolve().parent
+RECIPES = sorted((HERE.parent / "configs").glob("*.yaml"))
 URLS = ["run.url=file:///run", "data.url=file:///data"]
 BASE = """
 run: {url: "file:///run"}
@@ -81,11 +82,14 @@ def test_the_papers_training_of_cifar10() -> None:
         (["model.norm_groups=24"], r"model.norm_groups: 24 doesn't divide the 128 channels of level 0"),
         (["model.head_channels=100"], r"model.head_channels: 100 doesn't divide"),
         (["model.attention_resolutions=[17]"], r"17 is not among the resolutions \[32, 16, 8, 4\]"),
+        (["model.checkpoint_levels=[4]"], r"model.checkpoint_levels: 4: the network has the levels 0 to 3"),
+        (["diffusion.beta_start=0.5"], r"diffusion.beta_start: 0.5 is more than diffusion.beta_end: 0.02"),
         (["diffusion.schedule=given"], r"diffusion.betas: needed with"),
         (["diffusion.betas=[0.1]"], r"diffusion.betas: needed with"),
         (["diffusion.schedule=given", "diffusion.betas=[0.1]"], r"1 values for 1000 diffusion.timesteps"),
         (["diffusion.variance=learned_range"], r"simple gives diffusion.variance: learned_range no gradient"),
         (["diffusion.loss=hybrid"], r"fixedlarge is fixed"),
+        (["diffusion.weighting=p2", "diffusion.loss=vlb"], r"p2 weighs the squared error, which loss: vlb doesn't"),
         (["diffusion.label_dropout=0.1"], r"diffusion.label_dropout: needs model.num_classes"),
         (["diffusion.zero_terminal_snr=true"], r"use v or x_start"),
         (given("[0.1, 1]"), r"diffusion.prediction: eps says nothing .* a last beta of 1"),
@@ -108,8 +112,15 @@ def test_the_papers_training_of_cifar10() -> None:
             ["diffusion.variance=learned", "diffusion.loss=vlb", "sampling.sampler=ddpm", "sampling.steps=10"],
             r"learned is that of single steps",
         ),
+        (
+            ["sampling.guidance_interval=[5, 1000]"],
+            r"sampling.guidance_interval: \[5, 1000\] reaches beyond the last t",
+        ),
+        (["sampling.guidance_interval=[5, 3]"], r"sampling.guidance_interval: \[5, 3\] is not \[first, last\]"),
+        (["logging.profile_steps=[5, 3]"], r"logging.profile_steps: \[5, 3\] is not \[first, last\]"),
         (["data.streams=7"], r"data.streams: 7 doesn't divide train.global_batch: 96"),
         (["train.lr_schedule=cosine"], r"train.decay_steps: needed with"),
+        (["train.lr_schedule=cosine", "train.decay_steps=9"], r"decay_steps: 9 lies within train.warmup_steps: 5000"),
         (["ema.decay=null"], r"give one of ema.decay and ema.halflife_Mimg"),
         (["ema.halflife_Mimg=0.5"], r"give one of ema.decay and ema.halflife_Mimg"),
         (["train.decay_steps=9"], r"train.decay_steps: train.lr_schedule: constant doesn't use it"),
@@ -118,6 +129,7 @@ def test_the_papers_training_of_cifar10() -> None:
         (["zero.stage=0", "precision=fp32", "zero.offload_optimizer=true"], r"offload_optimizer: .*use zero.stage: 1"),
         (["precision=fp16"], r"precision: fp16 needs"),
         (["cluster.workers=5"], r"must divide train.global_batch: 96; admissible up to 5: \[1, 2, 3, 4\]"),
+        (["cluster.workers=97"], r"cluster.workers: 97 are more than train.global_batch: 96 has images"),
         (["cluster.workers=[4, 2]"], r"\[4, 2\] is not \[min, max\]"),
         (["train.lr=-1"], r"train.lr: -1: .*greater than 0"),
         (["run.seed=-1"], r"run.seed: -1"),
@@ -137,6 +149,14 @@ def test_streams_are_the_largest_divisor_up_to_32(batch: int, streams: int) -> N
 @pytest.mark.parametrize(("workers", "expected"), [("3", (3, 3)), ("[2, 6]", (2, 6))])
 def test_worker_range(workers: str, expected: tuple[int, int]) -> None:
     assert make(f"cluster.workers={workers}").worker_range == expected
+
+
+def test_what_version_0_1_0_saved_is_still_the_same_run() -> None:
+    """Keys may be added, with a default that means what was before; none goes, and none changes its place."""
+    saved = (HERE / "golden/config-0.1.0.yaml").read_text()
+    assert differences(parse_config(saved), make()) == {"identity": [], "schedule": [], "free": []}
+    now = iter(dump_config(make()).splitlines())
+    assert all(line in now for line in saved.splitlines())
 
 
 def test_a_configuration_does_not_change() -> None:

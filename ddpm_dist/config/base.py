@@ -1,0 +1,47 @@
+"""What every section is made of: the kinds of keys, and types with their range and message."""
+
+import re
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+T = TypeVar("T")
+Schedule = Annotated[T, "schedule"]
+Free = Annotated[T, "free"]
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Below1 = Annotated[float, Field(ge=0, lt=1)]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+def check_url(url: str) -> str:
+    """The URL itself; ValueError with the remedy for what is none, or holds what must not be stored."""
+    protocol, colon, rest = url.partition("://")
+    if not colon or not re.fullmatch(r"[a-z][a-z0-9+.-]*", protocol) or (protocol == "file" and rest[:1] != "/"):
+        raise ValueError("not an absolute URL; write s3://BUCKET/FOLDER or file:///FOLDER")
+    if protocol != "file" and ("?" in rest or "@" in rest.partition("/")[0]):
+        raise ValueError("keys and options don't belong into a URL: it is stored and logged; use the environment")
+    return url
+
+
+Url = Annotated[str, AfterValidator(check_url)]
+
+
+class Section(BaseModel):
+    """Frozen, and strict: no unknown key, no text for a number, neither NaN nor infinity."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+def check_span(name: str, span: tuple[int, int] | None) -> None:
+    """ValueError where a first lies after its last."""
+    if span is not None and span[0] > span[1]:
+        raise ValueError(f"{name}: {list(span)} is not [first, last]")

@@ -1,0 +1,50 @@
+"""`data:`, the set of images and how it is read."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ddpm_dist.config.base import Count, Fraction, Free, Positive, Schedule, Section, Url
+
+
+class DataConfig(Section):
+    """Which images, what the network sees of them, and how they are read."""
+
+    url: Free[Url | Annotated[dict[Url, Annotated[float, Field(gt=0)]], Field(min_length=1)]]
+    """Folder with shards and index, or a mapping of such folders to mixing weights."""
+    image_size: Positive
+    """Height and width in pixels that the network sees; other sizes are resized and centre-cropped."""
+    channels: Literal[1, 3] = 3
+    """Grey or RGB, to which all images are converted."""
+    flip: bool = False
+    """Random horizontal flips, by (seed, epoch, sample)."""
+    streams: Positive | None = None
+    """Canonical streams S that the shards are dealt to; divides the global batch. Default: the largest
+    divisor of the global batch up to 32."""
+    shuffle_block: Positive = 4096
+    """Samples of a stream that are permuted together."""
+    workers: Free[Count] = 0
+    """Loader processes per rank; 0 decodes in a thread."""
+    read_ahead: Free[Positive] = 4
+    """Objects fetched at once by a rank."""
+    buffer_bytes: Free[Positive] = 2**31
+    """Most memory of a rank for shuffle blocks: one of each of its streams and one more have to fit (checked at the
+    start, at the smallest number of workers); what is left is used to read ahead."""
+    cache_dir: Free[str | None] = None
+    """Local folder for fetched shards; none by default."""
+    cache_bytes: Free[Positive] = 2**36
+    max_bad_fraction: Free[Fraction] = 0.0
+    """Share of samples that may fail to decode before the run stops."""
+    exclude_shards: Schedule[tuple[str, ...]] = ()
+    """Names of shards to leave out; this makes a new content id, recorded with its step."""
+
+
+def default_streams(global_batch: int) -> int:
+    """The largest divisor of the global batch up to 32."""
+    return max(s for s in range(1, min(global_batch, 32) + 1) if global_batch % s == 0)
+
+
+def check_streams(streams: int, batch: int) -> None:
+    """Streams that divide the global batch; else ValueError."""
+    if batch % streams:
+        raise ValueError(f"data.streams: {streams} doesn't divide train.global_batch: {batch}")
