@@ -19,7 +19,7 @@ import numpy as np
 from ddpm_dist import storage
 from ddpm_dist.data import decode, parts
 from ddpm_dist.data.index import INDEX_NAME, DataIndex, load_index
-from ddpm_dist.data.order import Ints, key_of, permute
+from ddpm_dist.data.permutation import Ints, key_of, permute
 from ddpm_dist.data.processes import in_processes
 from ddpm_dist.data.sources import Item, Source, SourceOptions, open_source
 from ddpm_dist.data.sources.files import is_image

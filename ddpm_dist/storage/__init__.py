@@ -10,12 +10,14 @@ from ddpm_dist.lazy import lazily
 
 if TYPE_CHECKING:
     from ddpm_dist.storage.errors import PATIENCE_S as PATIENCE_S, redact as redact
-    from ddpm_dist.storage.objects import (
+    from ddpm_dist.storage.filesystem import (
         CONNECT_TIMEOUT_S as CONNECT_TIMEOUT_S,
         READ_TIMEOUT_S as READ_TIMEOUT_S,
+        clear_instances as clear_instances,
+    )
+    from ddpm_dist.storage.objects import (
         abort_uploads as abort_uploads,
         check_access as check_access,
-        clear_instances as clear_instances,
         create as create,
         delete as delete,
         delete_tree as delete_tree,
@@ -34,8 +36,9 @@ if TYPE_CHECKING:
 __all__, _named = lazily(
     __name__,
     errors="PATIENCE_S redact",
-    objects="CONNECT_TIMEOUT_S READ_TIMEOUT_S abort_uploads check_access create delete delete_tree exists "
-    "clear_instances join list_names list_objects publish read read_range signed_url size upload",
+    filesystem="CONNECT_TIMEOUT_S READ_TIMEOUT_S clear_instances",
+    objects="abort_uploads check_access create delete delete_tree exists "
+    "join list_names list_objects publish read read_range signed_url size upload",
 )
 if not TYPE_CHECKING:
     __getattr__ = _named

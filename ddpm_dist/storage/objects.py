@@ -8,70 +8,18 @@ object, access denied) is raised at once. Everything here may be called from any
 
 import logging
 import os
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import fsspec
-from fsspec.core import url_to_fs
-
 from ddpm_dist.errors import NotFoundError, ShortReadError, StorageError
 from ddpm_dist.storage import multipart, signing
 from ddpm_dist.storage.errors import PATIENCE_S, answer_of, redact, retry
+from ddpm_dist.storage.filesystem import endpoint_url, filesystem, is_local, is_s3
 from ddpm_dist.storage.local import check_folder, copy_file, create_file, is_temporary, replace_file
 
 log = logging.getLogger(__name__)
-
-CONNECT_TIMEOUT_S = 5
-READ_TIMEOUT_S = 20
-"""Longest silence of a store in the middle of an answer."""
-CONNECTIONS = 32
-
-_held: dict[int, dict[int, Any]] = {}
-"""Filesystems by the process that made them. fsspec forgets its own after a fork, and a child that then collects its
-parent's closes the sockets and the epoll that both share: the parent's next read would wait for its time-out."""
-
-
-def filesystem(url: str) -> tuple[Any, str]:
-    """(fsspec filesystem, path in it) of a URL; one filesystem, with its connections, per process and protocol."""
-    protocol, colon, rest = url.partition("://")
-    if not colon or (protocol == "file" and not rest.startswith("/")):
-        local = Path(rest if colon else url).absolute()
-        raise StorageError(f"{redact(url)}: not an absolute URL; write file://{local} or s3://bucket/folder")
-    options: dict[str, Any] = {}
-    if protocol == "s3" and not re.fullmatch(r"[A-Za-z0-9][\w.:-]{1,254}(/.*)?", rest, re.DOTALL):
-        raise StorageError(f"{redact(url)}: names no bucket; write s3://BUCKET/FOLDER")
-    if protocol == "s3":
-        endpoint = _endpoint()
-        if endpoint is not None and "@" in endpoint:
-            raise StorageError(
-                "AWS_ENDPOINT_URL: holds user:password@; give them as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and "
-                "write http://HOST:PORT or https://HOST"
-            )
-        options = {
-            "use_listings_cache": False,
-            "endpoint_url": endpoint,
-            "config_kwargs": {
-                "connect_timeout": CONNECT_TIMEOUT_S,
-                "read_timeout": READ_TIMEOUT_S,
-                "max_pool_connections": CONNECTIONS,
-                "retries": {"max_attempts": 0},
-            },
-        }
-    try:
-        fs, path = url_to_fs(url, **options)
-    except (ValueError, ImportError, OSError) as error:
-        raise StorageError(f"{redact(url)}: {error}; write s3://BUCKET/FOLDER or file:///FOLDER") from None
-    if protocol == "s3":
-        fs.retries = 1  # one layer retries: ours, which knows the patience and says what it does
-        _held.setdefault(os.getpid(), {})[id(fs)] = fs
-    return fs, path
-
-
-def _endpoint() -> str | None:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
 
 
 def join(url: str, *parts: str) -> str:
@@ -83,7 +31,7 @@ def read(url: str, patience_s: float = PATIENCE_S) -> bytes:
     """The whole object."""
     fs, path = filesystem(url)
     # One GET: s3fs's parallel parts would cost a HEAD, go without the store's checksum and miss short answers.
-    options = {"max_concurrency": 1} if _is_s3(fs) else {}
+    options = {"max_concurrency": 1} if is_s3(fs) else {}
     return retry(lambda: bytes(fs.cat_file(path, **options)), url, patience_s)
 
 
@@ -119,9 +67,9 @@ def signed_url(url: str, seconds: int) -> str | None:
     It holds a signature, no secret, but is one itself: never for a log.
     """
     fs, path = filesystem(url)
-    if not _is_s3(fs):
+    if not is_s3(fs):
         return None
-    endpoint = _endpoint()
+    endpoint = endpoint_url()
     signed = signing.sign(endpoint, path, seconds) if endpoint else None
     try:
         return signed or str(fs.sign(path, expiration=seconds))
@@ -172,9 +120,9 @@ def publish(url: str, data: bytes | memoryview, patience_s: float = PATIENCE_S) 
     """
     fs, path = filesystem(url)
     view = memoryview(data).cast("B")
-    if _is_local(fs):
+    if is_local(fs):
         retry(lambda: replace_file(path, lambda file: file.write(view)), url, patience_s)
-    elif _is_s3(fs) and view.nbytes > multipart.PART_BYTES:
+    elif is_s3(fs) and view.nbytes > multipart.PART_BYTES:
         multipart.publish(fs, path, view.nbytes, lambda start, end: bytes(view[start:end]), url, patience_s)
     else:
         retry(lambda: fs.pipe_file(path, bytes(view)), url, patience_s)
@@ -184,10 +132,10 @@ def upload(local: str | Path, url: str, patience_s: float = PATIENCE_S) -> None:
     """Publishes a local file, in parallel parts where the store has them."""
     fs, path = filesystem(url)
     length = os.path.getsize(local)
-    if _is_local(fs):
+    if is_local(fs):
         with open(local, "rb") as source:
             retry(lambda: copy_file(source, path), url, patience_s)
-    elif _is_s3(fs) and length > multipart.PART_BYTES:
+    elif is_s3(fs) and length > multipart.PART_BYTES:
         with open(local, "rb") as source:
             descriptor = source.fileno()
             multipart.publish(
@@ -206,7 +154,7 @@ def create(url: str, data: bytes, patience_s: float = PATIENCE_S) -> bool:
 
     def attempt() -> bool:
         try:
-            if _is_local(fs):
+            if is_local(fs):
                 create_file(path, data)
             else:
                 fs.pipe_file(path, data, mode="create")
@@ -243,7 +191,7 @@ def abort_uploads(url: str, patience_s: float = PATIENCE_S) -> int:
     A process that is killed while it uploads leaves its parts in the bucket: no listing shows them, the bill does.
     """
     fs, path = filesystem(url)
-    return multipart.abort(fs, path, url, patience_s) if _is_s3(fs) else 0
+    return multipart.abort(fs, path, url, patience_s) if is_s3(fs) else 0
 
 
 def check_access(url: str, name: str | None = None, patience_s: float = 9.0) -> None:
@@ -253,13 +201,13 @@ def check_access(url: str, name: str | None = None, patience_s: float = 9.0) -> 
     """
     try:
         fs, path = filesystem(url)
-        if _is_s3(fs):
+        if is_s3(fs):
             bucket = path.split("/")[0]
             # A listing, since the answer to a HEAD carries no reason. A store that is slow once is asked again.
             options = {"Bucket": bucket, "MaxKeys": 1, "timeout": patience_s / 3}
             ask = partial(fs.call_s3, "list_objects_v2", **options)
             retry(ask, f"s3://{bucket}", patience_s, level=logging.DEBUG)
-        elif _is_local(fs):
+        elif is_local(fs):
             check_folder(path)
         elif url.startswith(("http://", "https://")):
             raise StorageError(f"{redact(url)}: can't be written; write s3://BUCKET/FOLDER or file:///FOLDER")
@@ -267,22 +215,6 @@ def check_access(url: str, name: str | None = None, patience_s: float = 9.0) -> 
         if name is None:
             raise
         raise type(error)(f"{name}: {error}") from None
-
-
-def clear_instances() -> None:
-    """Forgets cached filesystems, after a change of endpoint or credentials in this process."""
-    _held.pop(os.getpid(), None)
-    signing.forget()
-    for cls in list(fsspec.registry.values()):
-        cls.clear_instance_cache()
-
-
-def _is_local(fs: Any) -> bool:
-    return "file" in (fs.protocol if isinstance(fs.protocol, (tuple, list)) else (fs.protocol,))
-
-
-def _is_s3(fs: Any) -> bool:
-    return "s3" in (fs.protocol if isinstance(fs.protocol, (tuple, list)) else (fs.protocol,))
 
 
 def _listing(action: Callable[[], Any], empty: Any, url: str, patience_s: float) -> Any:

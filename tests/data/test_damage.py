@@ -20,7 +20,7 @@ from ddpm_dist.data.loader import Loader
 from ddpm_dist.data.stream import iterate
 from ddpm_dist.data.writer import EncodedSample, index_tar, shard_bytes
 from ddpm_dist.errors import BadSamplesError, DdpmDistError, ShardError
-from ddpm_dist.storage import objects
+from ddpm_dist.storage import filesystem
 from tests.data.small_sets import ENCODERS, config, global_batches, random_images, write_set, write_with_bad
 from tests.faulty_proxy import Fault, FaultyProxy
 from tools.local.s3_server import S3Server
@@ -248,7 +248,7 @@ def test_a_stalled_answer_is_given_up(
     faulty_proxy: FaultyProxy, bucket_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_set(bucket_url, [24] * 6)
-    monkeypatch.setattr(objects, "READ_TIMEOUT_S", 1)
+    monkeypatch.setattr(filesystem, "READ_TIMEOUT_S", 1)
     storage.clear_instances()
     wanted = global_batches(config(bucket_url), 1, 0, 6)
     faulty_proxy.inject(Fault.STALL, path="s-00", after=3)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from ddpm_dist.data.order import Order, SetOrder, key_of, permute, share_of, split_by_weight
+from ddpm_dist.data.order import Order, SetOrder, share_of, split_by_weight
+from ddpm_dist.data.permutation import key_of, permute
 from ddpm_dist.errors import ConfigError
 
 COUNTS = st.lists(st.integers(1, 40), min_size=1, max_size=12).filter(lambda c: sum(c) >= 24)

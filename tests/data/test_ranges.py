@@ -10,7 +10,7 @@ from ddpm_dist import storage
 from ddpm_dist.data import ranges
 from ddpm_dist.data.ranges import RangeReader
 from ddpm_dist.errors import NotFoundError, ShortReadError
-from ddpm_dist.storage import objects
+from ddpm_dist.storage import filesystem, objects
 from tests.faulty_proxy import Fault, FaultyProxy
 
 DATA = bytes(range(256)) * 4000
@@ -76,7 +76,7 @@ def test_errors_are_storages(bucket_url: str) -> None:
 def test_one_fault_is_not_seen_by_the_reader(
     faulty_proxy: FaultyProxy, bucket_url: str, fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(objects, "READ_TIMEOUT_S", 1)
+    monkeypatch.setattr(filesystem, "READ_TIMEOUT_S", 1)
     storage.clear_instances()
     url = f"{bucket_url}/a.tar"
     storage.publish(url, DATA)
@@ -95,7 +95,7 @@ def test_one_fault_is_not_seen_by_the_reader(
 def test_one_fault_in_a_whole_object_is_not_seen(
     faulty_proxy: FaultyProxy, bucket_url: str, fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(objects, "READ_TIMEOUT_S", 1)
+    monkeypatch.setattr(filesystem, "READ_TIMEOUT_S", 1)
     storage.clear_instances()
     storage.publish(f"{bucket_url}/whole", DATA)
     faulty_proxy.inject(fault, path="whole")

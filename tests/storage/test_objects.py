@@ -15,7 +15,7 @@ import pytest
 
 from ddpm_dist import storage
 from ddpm_dist.errors import AccessError, NotFoundError, ShortReadError, StorageError, UnreachableError
-from ddpm_dist.storage import objects
+from ddpm_dist.storage import filesystem, objects
 from tests.faulty_proxy import Fault, FaultyProxy
 from tools.local.s3_server import S3Server
 
@@ -225,7 +225,7 @@ def test_writes_survive(fault: Fault, faulty_proxy: FaultyProxy, bucket_url: str
 def test_a_stalled_answer_is_given_up_and_asked_for_again(
     faulty_proxy: FaultyProxy, bucket_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(objects, "READ_TIMEOUT_S", 1)
+    monkeypatch.setattr(filesystem, "READ_TIMEOUT_S", 1)
     storage.clear_instances()
     storage.publish(f"{bucket_url}/a", bytes(10_000))
     faulty_proxy.inject(Fault.STALL)
