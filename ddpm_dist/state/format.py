@@ -1,7 +1,8 @@
 """The format of a training state: pure data, JSON and arithmetic; nothing is read or written here.
 
     checkpoints/
-      owner/000003                  attempt 3 claims the run; names the state that it continues
+      owner/000003                  attempt 3 claims the run; names the state that it continues, and the last valid
+                                    one of each attempt before
       000001000-0003/               the state of step 1000, written by attempt 3
         00000-000.f32 …             bytes of rank 0: little-endian float32, no header
         00001-000.f32 …             bytes of rank 1
@@ -119,8 +120,15 @@ class Source:
     manifest: Manifest
     _owned: dict[str, list[tuple[int, int, int, int]]] = field(init=False)
     """name -> (offset, numel, rank, first element in that rank's kind), by offset."""
+    _starts: list[dict[str, int]] = field(init=False)
+    """For each rank: kind -> its first element in that rank's stream."""
 
     def __post_init__(self) -> None:
+        sizes = [part.elements for part in self.manifest.parts]
+        self._starts = [
+            {kind: number * size for number, kind in enumerate(part.kinds)}
+            for part, size in zip(self.manifest.parts, sizes, strict=True)
+        ]
         self._owned = {name: [] for name in self.manifest.shapes}
         for rank, part in enumerate(self.manifest.parts):
             starts = accumulate((numel for _, _, numel in part.pieces), initial=0)
@@ -135,8 +143,7 @@ class Source:
         for at, length, rank, start in self._owned[name]:
             low, high = max(at, offset), min(at + length, end)
             if low < high:
-                part = self.manifest.parts[rank]
-                element = part.kinds.index(kind) * part.elements + start + low - at
+                element = self._starts[rank][kind] + start + low - at
                 yield Segment(
                     rank, ELEMENT_BYTES * element, ELEMENT_BYTES * (high - low), ELEMENT_BYTES * (low - offset)
                 )
@@ -253,7 +260,18 @@ def valid_states(claims: Mapping[int, StateId | None], published: Sequence[State
         if continued is None:
             break
         attempt, limit = continued.attempt, continued.step
+    return states_within(limits, published)
+
+
+def states_within(limits: Mapping[int, float], published: Sequence[StateId]) -> list[StateId]:
+    """Of all states with a manifest those up to their attempt's last valid step, newest first."""
     return sorted((s for s in published if s.step <= limits.get(s.attempt, -1)), reverse=True)
+
+
+def last_of_each(valid: Sequence[StateId]) -> tuple[StateId, ...]:
+    """The newest state of each attempt, by attempt: with it a claim says of all states whether they are valid."""
+    newest = {state.attempt: state for state in sorted(valid)}
+    return tuple(newest[attempt] for attempt in sorted(newest))
 
 
 def kept_states(

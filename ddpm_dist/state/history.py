@@ -6,6 +6,8 @@ import os
 import platform
 import time
 import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from ddpm_dist import storage
 from ddpm_dist.errors import ClaimError, NotFoundError, StateError, StorageError
@@ -16,13 +18,41 @@ log = logging.getLogger(__name__)
 OWNER = "owner"
 
 
+@dataclass(frozen=True)
+class Claim:
+    """What an attempt said when it made the run its own."""
+
+    continues: fmt.StateId | None
+    time: float
+    """Unix time."""
+    began: float | None = None
+    """Unix time of the run's first claim; None in claims of older versions, as is the next."""
+    chain: tuple[fmt.StateId, ...] | None = None
+    """The last valid state of each attempt whose states were valid, so that no older claim has to be read."""
+
+
 def read(url: str) -> tuple[dict[int, fmt.StateId | None], list[fmt.StateId]]:
-    """(attempt -> the state that it continues, valid states newest first) of a run's checkpoints folder."""
+    """(attempt -> the state that it continues, valid states newest first) of a run's checkpoints folder.
+
+    Of older attempts only those are told apart from a new beginning whose claims had to be read. One listing and one
+    read, however many attempts there were.
+    """
+    claims, valid = look(url)
+    return {attempt: claim.continues if claim is not None else None for attempt, claim in claims.items()}, valid
+
+
+def look(url: str) -> tuple[dict[int, Claim | None], list[fmt.StateId]]:
+    """As `read`, with all that the claims say; None for those that weren't read."""
     names = [name.split("/") for name in storage.list_objects(url)]
     published = [s for n in names if len(n) == 2 and n[1] == fmt.MANIFEST and (s := fmt.StateId.parse(n[0]))]
     attempts = [int(n[1]) for n in names if len(n) == 2 and n[0] == OWNER and n[1].isdigit()]
     claims = _chain(url, attempts)
-    return {**dict.fromkeys(attempts), **claims}, fmt.valid_states(claims, published)
+    newest = claims.get(max(claims, default=0))
+    if newest is not None and newest.chain is not None:
+        valid = fmt.states_within({max(claims): float("inf"), **{s.attempt: s.step for s in newest.chain}}, published)
+    else:
+        valid = fmt.valid_states({attempt: claim.continues for attempt, claim in claims.items()}, published)
+    return {**dict.fromkeys(attempts), **claims}, valid
 
 
 def latest_step(run_url: str) -> int | None:
@@ -37,48 +67,70 @@ def newest_state(run_url: str) -> str | None:
     return storage.join(run_url, "checkpoints", str(states[0])) if states else None
 
 
-def _chain(url: str, attempts: list[int]) -> dict[int, fmt.StateId | None]:
-    """The claims of the newest attempt, of the one that wrote what it continues, and so on."""
-    claims: dict[int, fmt.StateId | None] = {}
+def _chain(url: str, attempts: list[int]) -> dict[int, Claim]:
+    """The claim of the newest attempt; where an older version wrote it, also those of the one that wrote what it
+    continues, and so on."""
+    claims: dict[int, Claim] = {}
     attempt = max(attempts, default=0)
     while attempt in attempts and attempt not in claims:
-        continued, _ = _read_claim(_owner_url(url, attempt))
-        claims[attempt] = continued
-        attempt = continued.attempt if continued is not None else 0
+        claims[attempt] = claim = read_claim(url, attempt)
+        if claim.chain is not None and len(claims) == 1:
+            break
+        attempt = claim.continues.attempt if claim.continues is not None else 0
     return claims
 
 
-def claimed_at(url: str, attempt: int) -> float:
-    """Unix time of an attempt's claim."""
-    return _read_claim(_owner_url(url, attempt))[1]
+def began_at(url: str, claims: Mapping[int, Claim | None]) -> float | None:
+    """Unix time at which the run's first attempt claimed it; None where nobody has."""
+    if not claims:
+        return None
+    newest = claims[max(claims)]
+    if newest is not None and newest.began is not None:
+        return newest.began
+    return read_claim(url, min(claims)).time
 
 
-def _read_claim(url: str) -> tuple[fmt.StateId | None, float]:
-    """(the state that the attempt continues, Unix time of the claim)."""
+def read_claim(url: str, attempt: int) -> Claim:
+    """StateError if it is none."""
+    place = _owner_url(url, attempt)
     try:
-        record = json.loads(storage.read(url))
-        name = record["continues"]
-        return None if name is None else fmt.StateId.parse(name), float(record["time"])
+        record = json.loads(storage.read(place))
+        name, chain, began = record["continues"], record.get("chain"), record.get("began")
+        return Claim(
+            None if name is None else fmt.StateId.parse(name),
+            float(record["time"]),
+            None if began is None else float(began),
+            None if chain is None else tuple(state for n in chain if (state := fmt.StateId.parse(n))),
+        )
     except (ValueError, KeyError, TypeError):
         raise StateError(
-            f"{storage.redact(url)}: not a claim of a run; restore it, or remove the run's folder"
+            f"{storage.redact(place)}: not a claim of a run; restore it, or remove the run's folder"
         ) from None
 
 
-def claim(url: str, attempt: int, continues: fmt.StateId | None) -> None:
-    """Creates `owner/<attempt>`; ClaimError if somebody else just did."""
+def claim(url: str, attempt: int, valid: Sequence[fmt.StateId], began: float | None = None) -> Claim:
+    """Creates `owner/<attempt>`, which continues the newest of the valid states; ClaimError if somebody else just did.
+
+    began: Unix time of the run's first claim; None: this one.
+    """
+    now = time.time()
+    made = Claim(max(valid, default=None), now, now if began is None else began, fmt.last_of_each(valid))
+    assert made.chain is not None
     record = {
         "attempt": attempt,
-        "continues": None if continues is None else str(continues),
+        "continues": None if made.continues is None else str(made.continues),
+        "chain": [str(state) for state in made.chain],
+        "began": made.began,
         "host": platform.node(),
         "pid": os.getpid(),
-        "time": time.time(),
+        "time": now,
         "unique": uuid.uuid4().hex,
     }
     if not storage.create(_owner_url(url, attempt), json.dumps(record).encode()):
         raise ClaimError(
             f"{storage.redact(url)}: another job claimed this run at this moment; give one of both another run.url"
         )
+    return made
 
 
 def abort_uploads(run_url: str) -> None:

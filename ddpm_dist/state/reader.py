@@ -48,13 +48,16 @@ def read_manifest(state_url: str) -> fmt.Manifest:
     return fmt.decode_manifest(storage.read(url, PATIENCE_S), storage.redact(url))
 
 
-def read_into(state_url: str, manifest: fmt.Manifest, targets: Sequence[Target]) -> int:
-    """Fills the targets from the store, in parallel, and returns the bytes fetched.
+def read_into(
+    state_url: str, manifest: fmt.Manifest, targets: Sequence[Target], source: fmt.Source | None = None
+) -> int:
+    """Fills the targets from the store, in parallel, and returns the bytes fetched. source: of this manifest, for who
+    reads more than once.
 
     Every block that is touched is compared with its checksum; DamagedStateError names the first that differs.
     """
     hosts = [_host_of(target.tensor) for target in targets]
-    copies = _plan(manifest, targets, [bytes_of(host) for host in hosts])
+    copies = _plan(source or fmt.Source(manifest), targets, [bytes_of(host) for host in hosts])
     files = {file.name: file for part in manifest.parts for file in part.files}
     block = manifest.block_bytes
     ranges = [
@@ -72,9 +75,10 @@ def read_full(state_url: str, manifest: fmt.Manifest, kind: str) -> Iterator[tup
     """Yields (name, full float32 tensor on the CPU) of a kind, such as `weights` or `ema`."""
     if kind not in manifest.kinds:
         raise StateError(f"{storage.redact(state_url)}: has no {kind!r}; it has {', '.join(manifest.kinds)}")
+    source = fmt.Source(manifest)
     for name, shape in manifest.shapes.items():
         tensor = torch.empty(shape, dtype=torch.float32)
-        read_into(state_url, manifest, [Target(kind, name, 0, tensor.view(-1))])
+        read_into(state_url, manifest, [Target(kind, name, 0, tensor.view(-1))], source)
         yield name, tensor
 
 
@@ -117,9 +121,9 @@ def _host_of(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.numel(), dtype=torch.float32)
 
 
-def _plan(manifest: fmt.Manifest, targets: Sequence[Target], buffers: Sequence[memoryview]) -> dict[str, list[_Copy]]:
+def _plan(source: fmt.Source, targets: Sequence[Target], buffers: Sequence[memoryview]) -> dict[str, list[_Copy]]:
     """File name -> what is needed of it."""
-    source = fmt.Source(manifest)
+    manifest = source.manifest
     ends = [list(accumulate(file.size for file in part.files)) for part in manifest.parts]
     copies: dict[str, list[_Copy]] = {}
     for target, buffer in zip(targets, buffers, strict=True):

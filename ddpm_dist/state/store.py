@@ -71,12 +71,13 @@ class StateStore:
         """
 
         def claim() -> tuple[int, float, list[fmt.StateId]]:
-            claims, valid = history.read(self.url)
+            claims, valid = history.look(self.url)
             attempt = max(claims, default=0) + 1
-            history.claim(self.url, attempt, valid[0] if valid else None)
+            began = history.began_at(self.url, claims)
+            claim = history.claim(self.url, attempt, valid, began)
             if attempt > 1:
                 history.abort_uploads(self._cfg.run.url)
-            return attempt, history.claimed_at(self.url, min(claims, default=attempt)), valid
+            return attempt, claim.time if began is None else began, valid
 
         self.attempt, self.began_at, self._valid = self._first_decides(claim)
         return str(self._valid[0]) if self._valid else None
@@ -168,7 +169,7 @@ class StateStore:
         """Claims the run again, with the state before the newest valid one."""
         older = self._valid[1:]
         if older:
-            self._first_decides(lambda: history.claim(self.url, self.attempt + 1, older[0]))
+            self._first_decides(lambda: history.claim(self.url, self.attempt + 1, older, self.began_at))
             self.attempt += 1
         self._valid = older
 

@@ -37,10 +37,10 @@ def write(run: Path, step: int, attempt: int, ranks: int = 1, change: float = 0.
 def run(tmp_path: Path) -> Path:
     """A run of two attempts: states of steps 10 and 20 by the first, a void one of 30, and 30 by the second."""
     folder = f"file://{tmp_path}/checkpoints"
-    history.claim(folder, 1, None)
+    history.claim(folder, 1, [])
     for step in (10, 20, 30):
         write(tmp_path, step, 1)
-    history.claim(folder, 2, fmt.StateId(20, 1))
+    history.claim(folder, 2, [fmt.StateId(20, 1)])
     write(tmp_path, 30, 2, ranks=2)
     return tmp_path
 

@@ -17,6 +17,8 @@ from ddpm_dist.state.format import (
     decode_manifest,
     encode_manifest,
     kept_states,
+    last_of_each,
+    states_within,
     valid_states,
 )
 
@@ -125,6 +127,38 @@ def test_history_is_followed_through_many_attempts() -> None:
     claims = {1: None, 2: StateId(20, 1), 3: StateId(40, 2), 4: StateId(40, 2), 5: StateId(60, 4)}
     published = ids((10, 1), (20, 1), (30, 1), (30, 2), (40, 2), (50, 2), (50, 3), (50, 4), (60, 4), (70, 4), (70, 5))
     assert valid_states(claims, published) == ids((70, 5), (60, 4), (50, 4), (40, 2), (30, 2), (20, 1), (10, 1))
+
+
+@given(st.data())
+def test_the_last_valid_state_of_each_attempt_tells_what_the_chain_of_claims_tells(data: st.DataObject) -> None:
+    """Attempts that write some states, continue some valid one, and lose some to retention."""
+    claims: dict[int, StateId | None] = {}
+    published: list[StateId] = []
+    for attempt in range(1, data.draw(st.integers(2, 7))):
+        valid = valid_states(claims, published)
+        continued = data.draw(st.sampled_from([*valid, None])) if valid else None
+        older = [s for s in valid if continued is not None and s <= continued]
+        claims[attempt] = continued
+        start = continued.step if continued is not None else 0
+        published += [StateId(start + 1 + i, attempt) for i in range(data.draw(st.integers(0, 3)))]
+        published += [StateId(start + 2, zombie) for zombie in claims if StateId(start + 2, zombie) not in published]
+        published = [s for s in published if data.draw(st.booleans()) or s.attempt == attempt or s == continued]
+        limits = {attempt: float("inf"), **{s.attempt: float(s.step) for s in last_of_each(older)}}
+        kept = [s for s in published if s.attempt == attempt or s in older]
+        assert states_within(limits, kept) == valid_states(claims, kept)
+        assert states_within(limits, [s for s in published if s not in kept]) == []
+
+
+def test_planning_sums_each_part_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many segments are asked for: a real state has thousands."""
+    sums = []
+    elements = Part.elements
+    monkeypatch.setattr(Part, "elements", property(lambda part: sums.append(part) or elements.fget(part)))  # type: ignore[attr-defined]
+    source = Source(SMALL)
+    for _ in range(20):
+        for kind in KINDS:
+            list(source.segments(kind, "w", 0, 6))
+    assert len(sums) == len(SMALL.parts)
 
 
 def test_a_new_beginning_voids_everything_before() -> None:

@@ -1,5 +1,6 @@
 """The state store of one process: what was acknowledged is found again, what is damaged or void is not used."""
 
+import json
 import logging
 import threading
 import time
@@ -241,15 +242,54 @@ def test_of_two_that_claim_at_once_one_is_refused(cfg: Config, monkeypatch: pyte
     first, second = StateStore(cfg, ALONE), StateStore(cfg, ALONE)
     claim = history.claim
 
-    def race(url: str, attempt: int, continues: fmt.StateId | None) -> None:
+    def race(*arguments: Any) -> history.Claim:
         monkeypatch.undo()
         second.claim()
-        claim(url, attempt, continues)
+        return claim(*arguments)
 
     monkeypatch.setattr(history, "claim", race)
     with pytest.raises(ClaimError, match="at this moment"):
         first.claim()
     assert second.attempt == 1
+
+
+def test_a_claim_costs_the_same_however_many_attempts_there_were(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each attempt wrote a state, and retention keeps one of each of the first five."""
+    cfg = config(cfg.run.url, checkpoint={"keep_last": 2, "keep_every_steps": 100})
+    read, reads = storage.read, []
+
+    def counted(url: str, *arguments: Any) -> bytes:
+        reads.append(url)
+        return read(url, *arguments)
+
+    monkeypatch.setattr(storage, "read", counted)
+    began, counts = set(), []
+    for number in range(12):
+        reads.clear()
+        store, _ = attempt(cfg)
+        counts.append(sum("/owner/" in url for url in reads))
+        began.add(store.began_at)
+        save(store, 100 * number + 100 if number < 5 else 501 + number)
+    assert counts == [0] + 11 * [1]
+    assert len(began) == 1
+    _, valid = history.read(store.url)
+    assert valid == [fmt.StateId(512, 12), fmt.StateId(511, 11), *(fmt.StateId(100 * n, n) for n in (5, 4, 3, 2, 1))]
+
+
+def test_claims_of_older_versions_are_read_and_continued(cfg: Config) -> None:
+    """They say only what they continue; nothing that they make valid is collected."""
+    for number in (1, 2, 3):
+        store, _ = attempt(cfg)
+        save(store, 10 * number)
+        claim = folder(cfg) / "owner" / f"{number:06d}"
+        record = json.loads(claim.read_text())
+        claim.write_text(json.dumps({k: v for k, v in record.items() if k not in ("chain", "began")}))
+    began = json.loads((folder(cfg) / "owner" / "000001").read_text())["time"]
+    expected = [fmt.StateId(30, 3), fmt.StateId(20, 2)]  # keep_last is 2
+    assert history.read(store.url)[1] == expected
+    heir, _ = attempt(cfg)
+    assert heir.began_at == began
+    assert history.read(store.url)[1] == expected
 
 
 def test_retention_keeps_the_last_the_regular_and_the_protected(tmp_path: Path) -> None:
