@@ -4,11 +4,13 @@ The only module that imports deepspeed; what is assumed of its optimizer classes
 """
 
 import contextlib
+import gc
 import logging
 import math
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +80,10 @@ class Engine:
             # DeepSpeed casts the network before it copies the masters from it: they would start rounded.
             initial = {name: p.detach().to("cpu", copy=True).view(-1) for name, p in network.named_parameters()}
         self._adam = _make_optimizer(network, cfg, world)
-        with contextlib.redirect_stdout(None):  # it prints memory figures there, whatever the log level
+        with (
+            contextlib.redirect_stdout(None),
+            _nothing_to_collect(),
+        ):  # it prints memory figures, whatever the log level
             self._ds = deepspeed.initialize(
                 model=network,
                 optimizer=self._adam,
@@ -222,6 +227,21 @@ def deepspeed_settings(cfg: Config, world: World, micro_batch: int, accumulation
     elif cfg.precision == "fp16":
         settings["fp16"] = {"enabled": True, "loss_scale": 0}  # 0: dynamic
     return settings
+
+
+@contextlib.contextmanager
+def _nothing_to_collect() -> Iterator[None]:
+    """DeepSpeed collects garbage before each of its memory figures: all objects of all packages, several times.
+
+    What exists is set aside meanwhile, unless the process had set it aside for good.
+    """
+    frozen = gc.get_freeze_count()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not frozen:
+            gc.unfreeze()
 
 
 def _make_optimizer(network: nn.Module, cfg: Config, world: World) -> torch.optim.Optimizer:

@@ -1,6 +1,7 @@
 """The engine against a plain PyTorch loop, and what it assumes of DeepSpeed."""
 
 import copy
+import gc
 import shutil
 from functools import partial
 from typing import Any
@@ -341,6 +342,38 @@ def compiled_norms(world: World, stage: int, precision: str, compiled: bool) -> 
         group.backward(engine, step)
         norms.append(engine.step(LR).grad_norm)
     return norms
+
+
+def collections(world: World) -> tuple[list[int], int, int, int]:
+    """(objects seen by each full collection while an engine was built; objects before; frozen before; after)."""
+    gc.collect()
+    before, frozen = len(gc.get_objects()), gc.get_freeze_count()
+    seen = []
+
+    def see(phase: str, about: dict[str, int]) -> None:
+        if phase == "start" and about["generation"] == 2:
+            seen.append(len(gc.get_objects()))
+
+    gc.callbacks.append(see)
+    group.build(world, group.config(stage=1, precision="bf16"))
+    gc.callbacks.remove(see)
+    return seen, before, frozen, gc.get_freeze_count()
+
+
+def frozen_collections(world: World) -> tuple[list[int], int, int, int]:
+    gc.freeze()
+    return collections(world)
+
+
+def test_deepspeed_collects_no_garbage_of_all_packages() -> None:
+    """It collects before each of its memory figures: a second of a start, where all is imported."""
+    seen, before, frozen, after = group.run_ranks(collections, 1)[0]
+    assert seen, "it collects"
+    assert max(seen) < before / 10
+    assert (frozen, after) == (0, 0), "what is garbage later can be collected later"
+    seen, _, frozen, after = group.run_ranks(frozen_collections, 1)[0]
+    assert seen
+    assert after >= frozen > 0, "what a process has set aside stays so"
 
 
 def test_what_a_machine_can_not_do_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
