@@ -4,8 +4,9 @@
     python launch/sample.py --snapshot s3://bucket/run/snapshots/000010000 --out s3://bucket/samples \
         --num-samples 50000 --workers 1:8 sampling.sampler=ddim sampling.steps=50 cluster.gpus_per_worker=1
 
-With --config, the snapshot is the run's newest and the images go to <run.url>/samples/. A job that is started
-again does what is missing. `--sweep sampling.steps=10,50,100` makes one folder for each value, with one pool.
+With --config, the snapshot is the run's newest and the images go to <run.url>/samples/. A job that is started again
+does what is missing, or was lost since. `--sweep sampling.steps=10,50,100` makes one folder for each value, with one
+pool.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from ddpm_dist import cli, snapshot, storage
 from ddpm_dist.config import Config
 from ddpm_dist.errors import ConfigError, SamplingError
 from ddpm_dist.recipe import apply_override, dump_config, load_config, parse_yaml, validate
-from ddpm_dist.sampling import job
+from ddpm_dist.sampling import export_npz, export_png, job
 from ddpm_dist.training.run_folder import newest_snapshot, snapshot_at
 
 _FREE_SECTIONS = ("sampling", "cluster", "evaluation")
@@ -40,6 +41,9 @@ def parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=cli.seed, default=0)
     parser.add_argument("--workers", metavar="N|MIN:MAX", help="default: cluster.workers of the configuration")
     parser.add_argument("--labels", metavar="SPEC", help="random (default), none, all, or classes such as 3 or 0,1,2")
+    parser.add_argument(
+        "--verify", action="store_true", help="read and hash the shards that are there, and make altered ones again"
+    )
     parser.add_argument("--sweep", metavar="KEY=A,B", action="append", default=[], help="one folder for each value")
     parser.add_argument(
         "--npz", metavar="URL", type=cli.url, help="write all images into one .npz as well (arr_0, NHWC)"
@@ -69,11 +73,11 @@ def run(args: argparse.Namespace) -> list[job.Result]:
     orders = make_orders(args, cfg, snapshots or [newest(cfg)])
     if len(orders) > 1 and (args.npz or args.png):
         raise SamplingError(f"--npz and --png: of one set of samples, and this job makes {len(orders)}; make it first")
-    results = job.run(orders, workers(args.workers, cfg), cfg.cluster)
+    results = job.run(orders, workers(args.workers, cfg), cfg.cluster, verify=args.verify)
     if args.npz:
-        job.export_npz(results[0].out, args.npz)
+        export_npz(results[0].out, args.npz)
     if args.png:
-        job.export_png(results[0].out, args.png)
+        export_png(results[0].out, args.png)
     return results
 
 

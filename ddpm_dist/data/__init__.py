@@ -15,11 +15,17 @@ if TYPE_CHECKING:
         index_shards as index_shards,
         verify_shards as verify_shards,
     )
-    from ddpm_dist.data.index import DataIndex as DataIndex, ShardInfo as ShardInfo, load_index as load_index
+    from ddpm_dist.data.index import (
+        DataIndex as DataIndex,
+        ShardInfo as ShardInfo,
+        content_hash as content_hash,
+        load_index as load_index,
+        table_name as table_name,
+    )
     from ddpm_dist.data.loader import Batch as Batch, Loader as Loader
     from ddpm_dist.data.order import share_of as share_of
     from ddpm_dist.data.sources import SOURCES as SOURCES, SourceOptions as SourceOptions
-    from ddpm_dist.data.stream import iterate as iterate
+    from ddpm_dist.data.stream import DecodedSample as DecodedSample, iterate as iterate
     from ddpm_dist.data.view import BatchView as BatchView
     from ddpm_dist.data.writer import (
         EncodedSample as EncodedSample,
@@ -32,10 +38,10 @@ if TYPE_CHECKING:
 __all__, _named = lazily(
     __name__,
     modules="build",
-    index="DataIndex ShardInfo load_index",
+    index="DataIndex ShardInfo content_hash load_index table_name",
     loader="Batch Loader",
     order="share_of",
-    stream="iterate",
+    stream="DecodedSample iterate",
     decode="Pixels encode_png encode_raw",
     writer="EncodedSample ShardSummary WrittenShard write_index write_shard",
     view="BatchView",

@@ -14,14 +14,15 @@ from typing import Any
 from ddpm_dist import snapshot, storage
 from ddpm_dist.cluster import ActorPool
 from ddpm_dist.config import ClusterConfig
-from ddpm_dist.data import DataIndex, load_index
+from ddpm_dist.data import load_index
 from ddpm_dist.errors import EvaluationError, NotFoundError
 from ddpm_dist.evaluation import metrics
 from ddpm_dist.evaluation.compare import Comparison, mean_bits_per_dim, nearest, prepare
 from ddpm_dist.evaluation.order import BITS_PER_DIM, Order, check
 from ddpm_dist.evaluation.result import ENOUGH, describe, publish, warnings
+from ddpm_dist.evaluation.samples import count_of, sample_index, shape_of
 from ddpm_dist.evaluation.worker import EvaluationWorker
-from ddpm_dist.sampling import Manifest, job as sampling_job
+from ddpm_dist.sampling import job as sampling_job
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def run(order: Order, workers: tuple[int, int], cluster: ClusterConfig) -> dict[
         if url is not None:
             load_index(url, name)
     if order.samples is not None:
-        _sample_index(order.samples)
+        sample_index(order.samples)
     with ActorPool(worker_factory(cluster), workers, cluster) as pool:
         return evaluate(order, pool, workers[1], cluster)
 
@@ -49,8 +50,8 @@ def evaluate(order: Order, pool: ActorPool, most_workers: int, cluster: ClusterC
     """As `run`, with a pool that is there."""
     check(order)
     if order.samples is not None:
-        index, manifest = _sample_index(order.samples), sampling_job.load_manifest(order.samples)
-        compare = prepare(order, pool, most_workers, _shape(index, manifest, order.samples))
+        index, manifest = sample_index(order.samples), sampling_job.load_manifest(order.samples)
+        compare = prepare(order, pool, most_workers, shape_of(index, manifest, order.samples))
         return _evaluate(order, order.samples, compare)
     assert order.snapshot is not None
     info = snapshot.load_info(order.snapshot)
@@ -74,7 +75,7 @@ def evaluate(order: Order, pool: ActorPool, most_workers: int, cluster: ClusterC
 def _evaluate(order: Order, samples: str, compare: Comparison, sampling_seconds: float | None = None) -> dict[str, Any]:
     began = time.monotonic()
     index, manifest = load_index(samples), sampling_job.load_manifest(samples)
-    count = _count(order, index)
+    count = count_of(order, index)
     data = load_index(order.data) if order.data else None
     networks = compare.networks
     references = compare.references(data) if compare.wanted else {}
@@ -99,42 +100,6 @@ def _evaluate(order: Order, samples: str, compare: Comparison, sampling_seconds:
     if order.out:
         publish(order.out, result)
     return result
-
-
-def _sample_index(url: str) -> DataIndex:
-    try:
-        return load_index(url)
-    except NotFoundError:
-        place = storage.redact(url)
-        storage.check_access(url, "--samples")
-        if sampling_job.load_manifest(url) is not None:
-            raise EvaluationError(
-                f"--samples {place}: its sampling job has not finished; start launch/sample.py with the same arguments "
-                "again, it does what is missing"
-            ) from None
-        raise EvaluationError(
-            f"--samples {place}: no samples are there; launch/sample.py draws them, and tools/index_shards.py "
-            "indexes shards of another program"
-        ) from None
-
-
-def _shape(index: DataIndex, manifest: Manifest | None, samples: str) -> tuple[int, int]:
-    """(size, channels) of the samples."""
-    if manifest is not None:
-        return manifest.image_size, manifest.channels
-    sides = {*index.schema.min_size, *index.schema.max_size}
-    if len(sides) != 1:
-        raise EvaluationError(
-            f"--samples {storage.redact(samples)}: images of {min(sides)} to {max(sides)} px; one is needed"
-        )
-    return sides.pop(), 3
-
-
-def _count(order: Order, index: DataIndex) -> int:
-    count = order.num_samples or index.num_samples
-    if count > index.num_samples:
-        raise EvaluationError(f"--num-samples {count}: {storage.redact(index.url)} has {index.num_samples}; draw more")
-    return count
 
 
 def _temporary_folder(order: Order) -> str:

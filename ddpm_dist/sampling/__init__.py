@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ddpm_dist.lazy import lazily
 
 if TYPE_CHECKING:
+    from ddpm_dist.sampling.export import export_npz as export_npz, export_png as export_png
     from ddpm_dist.sampling.images import grid_png as grid_png
     from ddpm_dist.sampling.plan import Manifest as Manifest
     from ddpm_dist.sampling.worker import SampleWorker as SampleWorker
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 __all__, _named = lazily(
     __name__,
     modules="job",
+    export="export_npz export_png",
     images="grid_png",
     plan="Manifest",
     worker="SampleWorker",

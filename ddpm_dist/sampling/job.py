@@ -5,14 +5,13 @@ The folder of a job:
     manifest.json        what the job is; decides whether a folder may be gone on with
     samples-A-B.tar      images A … B − 1 (PNG or raw), one WebDataset shard per unit
     index/, index.json   so that `data/` streams them like any other set; index.json is written last
-    receipts/A-B.json    a unit is done when its receipt is there
+    receipts/A-B.json    a unit is done when its receipt is there, and what that tells of as well
     grid.png             the first images, for people
 """
 
 import itertools
 import logging
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -24,12 +23,19 @@ import ddpm_dist
 from ddpm_dist import snapshot, storage
 from ddpm_dist.cluster import ActorPool, Done
 from ddpm_dist.config import ClusterConfig, SamplingConfig
-from ddpm_dist.data import encode_png, iterate, write_index
-from ddpm_dist.errors import NotFoundError, SamplingError
+from ddpm_dist.data import write_index
+from ddpm_dist.errors import SamplingError
 from ddpm_dist.progress import Progress, counted
-from ddpm_dist.sampling.images import NpzWriter, grid_png
+from ddpm_dist.sampling.folder import (
+    Receipt,
+    count_duplicates,
+    finished,
+    images_of,
+    load_manifest as load_manifest,
+)
+from ddpm_dist.sampling.images import grid_png
 from ddpm_dist.sampling.plan import MANIFEST, Fingerprint, Labels, Manifest, Unit, settle
-from ddpm_dist.sampling.worker import Probe, ProbeTask, Receipt, SampleWorker, UnitTask
+from ddpm_dist.sampling.worker import Probe, ProbeTask, SampleWorker, UnitTask
 
 log = logging.getLogger(__name__)
 
@@ -65,9 +71,16 @@ class Result:
 
 
 def run(
-    orders: Sequence[Order], workers: tuple[int, int], cluster: ClusterConfig, pool: ActorPool | None = None
+    orders: Sequence[Order],
+    workers: tuple[int, int],
+    cluster: ClusterConfig,
+    pool: ActorPool | None = None,
+    verify: bool = False,
 ) -> list[Result]:
     """Makes what is missing of all orders with one pool of workers, and finishes each folder.
+
+    verify: shards that are there are read and hashed, and made again where they were altered; shards that were lost
+    or cut are found in any case.
 
     Raises SamplingError naming the units that failed (all others are there then), ClusterError if no
     workers come, SnapshotError or StorageError before anything is written.
@@ -75,9 +88,9 @@ def run(
     _check_distinct(orders)
     drafts = [_draft(order) for order in orders]
     if pool is not None:
-        return _run(orders, drafts, pool)
+        return _run(orders, drafts, pool, verify)
     with ActorPool(worker_factory(cluster), workers, cluster) as own:
-        return _run(orders, drafts, own)
+        return _run(orders, drafts, own, verify)
 
 
 def worker_factory(cluster: ClusterConfig) -> "partial[SampleWorker]":
@@ -85,26 +98,23 @@ def worker_factory(cluster: ClusterConfig) -> "partial[SampleWorker]":
     return partial(SampleWorker, max(1, int(cluster.cpus_per_worker)), "cuda" if cluster.gpus_per_worker else "cpu")
 
 
-def _run(orders: Sequence[Order], drafts: Sequence["_Draft"], pool: ActorPool) -> list[Result]:
+def _run(orders: Sequence[Order], drafts: Sequence["_Draft"], pool: ActorPool, verify: bool) -> list[Result]:
     manifests = _settle_all(orders, drafts, pool)
+    there = [finished(order.out, m.units, verify) for order, m in zip(orders, manifests, strict=True)]
     tasks: list[UnitTask] = []
-    for order, manifest in zip(orders, manifests, strict=True):
-        missing = missing_units(order.out, manifest)
+    for order, manifest, done in zip(orders, manifests, there, strict=True):
         text = manifest.model_dump_json()
-        tasks += [UnitTask(order.out, text, unit) for unit in missing]
+        tasks += [UnitTask(order.out, text, unit) for unit in manifest.units if unit not in done]
     made = _make(tasks, manifests, pool)
-    return [_finish(o.out, m, made.get(o.out, 0)) for o, m in zip(orders, manifests, strict=True)]
+    return [
+        _finish(order.out, manifest, done, made.get(order.out, {}))
+        for order, manifest, done in zip(orders, manifests, there, strict=True)
+    ]
 
 
-def missing_units(out: str, manifest: Manifest) -> list[Unit]:
-    """Units without a receipt, in order."""
-    there = storage.list_objects(storage.join(out, "receipts"))
-    return [unit for unit in manifest.units if unit.receipt.rpartition("/")[2] not in there]
-
-
-def _make(tasks: Sequence[UnitTask], manifests: Sequence[Manifest], pool: ActorPool) -> dict[str, int]:
-    """Has all tasks done; returns {folder: images made}."""
-    made: dict[str, int] = {}
+def _make(tasks: Sequence[UnitTask], manifests: Sequence[Manifest], pool: ActorPool) -> dict[str, dict[Unit, Receipt]]:
+    """Has all tasks done; returns {folder: {unit: its receipt}}."""
+    made: dict[str, dict[Unit, Receipt]] = {}
     failed: list[str] = []
     total = sum(manifest.num_samples for manifest in manifests)
     wanted = sum(task.unit.stop - task.unit.start for task in tasks)
@@ -112,10 +122,10 @@ def _make(tasks: Sequence[UnitTask], manifests: Sequence[Manifest], pool: ActorP
         log.info("%s of %s images are there already", f"{total - wanted:,}", f"{total:,}")
     with Progress("sampling", "image", total, total - wanted) as progress:
         for outcome in pool.map(tasks):
-            task, count = outcome.task, outcome.task.unit.stop - outcome.task.unit.start
+            task = outcome.task
             if isinstance(outcome, Done):
-                made[task.out] = made.get(task.out, 0) + count
-                progress.add(count, counted(pool.alive, "worker"))
+                made.setdefault(task.out, {})[task.unit] = outcome.value
+                progress.add(task.unit.stop - task.unit.start, counted(pool.alive, "worker"))
             else:
                 failed.append(f"{task}: {outcome.error}")
                 log.error("given up: %s", failed[-1])
@@ -217,52 +227,21 @@ def _labels(order: Order, info: dict[str, Any]) -> Labels:
     return Labels.parse(order.labels, info["num_classes"], has_null=info["null_label"] is not None)
 
 
-def load_manifest(out: str) -> Manifest | None:
-    """The manifest of a job's folder; None if there is none."""
-    url = storage.join(out, MANIFEST)
-    try:
-        return Manifest.model_validate_json(storage.read(url))
-    except NotFoundError:
-        return None
-    except ValueError as error:
-        raise SamplingError(f"{storage.redact(url)}: not the manifest of a sampling job: {error}") from None
-
-
-def _finish(out: str, manifest: Manifest, made: int) -> Result:
-    """Index and grid, from the receipts of all units."""
-    urls = [storage.join(out, unit.receipt) for unit in manifest.units]
-    with ThreadPoolExecutor(_THREADS) as readers:
-        receipts = [Receipt.load(data) for data in readers.map(storage.read, urls)]
-    digests = [digest for receipt in receipts for digest in receipt.digests]
-    duplicates = len(digests) - len(set(digests))
+def _finish(out: str, manifest: Manifest, there: Mapping[Unit, Receipt], made: Mapping[Unit, Receipt]) -> Result:
+    """Index and grid, from the receipts of all units: those that were there, and those made now."""
+    receipts = [made[unit] if unit in made else there[unit] for unit in manifest.units]
+    duplicates = count_duplicates(receipts)
     if duplicates:
-        log.warning("%s: %d of %d images equal an earlier one, pixel by pixel", out, duplicates, len(digests))
+        log.warning(
+            "%s: %d of %d images equal an earlier one, pixel by pixel",
+            storage.redact(out), duplicates, manifest.num_samples,
+        )  # fmt: skip
     about = {"made_by": "ddpm_dist sampling", "snapshot_id": manifest.snapshot_id, "seed": manifest.seed}
     write_index(out, [receipt.written for receipt in receipts], about=about)
     grid = storage.join(out, GRID)
-    first = [torch.tensor(sample.image) for sample in itertools.islice(iterate(out), GRID_IMAGES)]
+    first = [torch.tensor(sample.image) for sample in itertools.islice(images_of(out), GRID_IMAGES)]
     storage.publish(grid, grid_png(torch.stack(first)))
-    return Result(out, manifest, made, duplicates, grid)
-
-
-def export_npz(out: str, url: str) -> None:
-    """Writes finished samples as one .npz (arr_0 uint8 [N, H, W, C]; arr_1 labels), as ADM's evaluator reads it."""
-    manifest = load_manifest(out)
-    assert manifest is not None
-    writer = NpzWriter(url, manifest.num_samples, manifest.shape)
-    for sample in iterate(out):
-        writer.add(sample.image, sample.label)
-    writer.close()
-
-
-def export_png(out: str, url: str) -> None:
-    """Writes finished samples as a folder of PNG files, `<label>/<index>.png` or `<index>.png`."""
-    samples = iterate(out)
-    with ThreadPoolExecutor(_THREADS) as writers:
-        while block := list(itertools.islice(samples, 16 * _THREADS)):
-            names = [f"{s.key}.png" if s.label is None else f"{s.label}/{s.key}.png" for s in block]
-            files = [encode_png(sample.image.transpose(1, 2, 0)) for sample in block]
-            list(writers.map(storage.publish, [storage.join(url, name) for name in names], files))
+    return Result(out, manifest, sum(unit.stop - unit.start for unit in made), duplicates, grid)
 
 
 def _check_distinct(orders: Sequence[Order]) -> None:

@@ -1,12 +1,11 @@
 """The worker of a sampling job: makes the images of a unit and publishes them, the same bytes wherever it runs."""
 
 import hashlib
-import json
 import logging
 import resource
 import threading
 from collections import OrderedDict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ from torch import Tensor
 from ddpm_dist import snapshot, storage
 from ddpm_dist.allocator import keep_freed_memory
 from ddpm_dist.config import SamplingConfig
-from ddpm_dist.data import EncodedSample, ShardInfo, ShardSummary, WrittenShard, encode_png, encode_raw, write_shard
+from ddpm_dist.data import EncodedSample, encode_png, encode_raw, write_shard
 from ddpm_dist.diffusion import GaussianDiffusion, Network, check_settings, sample
 from ddpm_dist.errors import SamplingError, WorkerRefusedError
 from ddpm_dist.sampling.capture import captured
+from ddpm_dist.sampling.folder import Receipt
 from ddpm_dist.sampling.images import to_uint8
 from ddpm_dist.sampling.plan import Fingerprint, Manifest, Unit
 
@@ -63,27 +63,6 @@ class UnitTask:
 
     def __str__(self) -> str:
         return f"images {self.unit.start}..{self.unit.stop - 1} of {storage.redact(self.out)}"
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """What is known of a published unit."""
-
-    written: WrittenShard
-    digests: tuple[str, ...]
-    """64 bits of a hash of each image's pixels, in hex: equal ones tell of images that were made twice."""
-
-    def dump(self) -> bytes:
-        return (json.dumps(asdict(self), sort_keys=True) + "\n").encode()
-
-    @classmethod
-    def load(cls, data: bytes) -> "Receipt":
-        values = json.loads(data)
-        summary = values["written"]["summary"]
-        for name in ("min_size", "max_size"):
-            summary[name] = tuple(summary[name])
-        written = WrittenShard(ShardInfo(**values["written"]["info"]), ShardSummary(**summary))
-        return cls(written, tuple(values["digests"]))
 
 
 class SampleWorker:

@@ -265,6 +265,21 @@ def test_samples_that_are_not_there_yet(sets: tuple[str, str], tmp_path: Path) -
         evaluate(Order(samples=f"file://{tmp_path}/nowhere", data=sets[1], metrics=PIXEL))
 
 
+def test_samples_that_are_no_longer_there(sets: tuple[str, str], tmp_path: Path) -> None:
+    url, out = make_snapshot(f"file://{tmp_path}/snapshot"), f"file://{tmp_path}/out"
+    sampling_job.run([make_order(url, out)], (1, 3), CLUSTER, InProcess())  # type: ignore[arg-type]
+    order = Order(samples=out, data=sets[1], metrics=PIXEL)
+    lost = "samples-000000008-000000016.tar"
+    storage.publish(f"{out}/{lost}", storage.read(f"{out}/{lost}")[:1024])
+    with pytest.raises(EvaluationError, match=rf"1 of 3 shards are missing or cut, the first is {lost}; start launch"):
+        evaluate(order)
+    sampling_job.run([make_order(url, out)], (1, 3), CLUSTER, InProcess())  # type: ignore[arg-type]
+    assert evaluate(order)["num_samples"] == 20
+    storage.delete(f"{sets[0]}/shard-000037.tar")
+    with pytest.raises(EvaluationError, match=r"1 of 4 shards are missing .*shard-000037.tar; restore them"):
+        evaluate(replace(order, samples=sets[0]))
+
+
 def test_references_that_do_not_fit(sets: tuple[str, str], tmp_path: Path) -> None:
     evaluate(Order(samples=sets[0], data=sets[1], metrics=PIXEL))
     statistics = next(name for name in storage.list_objects(sets[1]) if name.startswith("statistics/"))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from ddpm_dist.config import ClusterConfig
 from ddpm_dist.data.index import load_index
 from ddpm_dist.data.stream import iterate
 from ddpm_dist.errors import ClusterError, ConfigError, DdpmDistError, NotFoundError, SamplingError, SnapshotError
-from ddpm_dist.sampling import job
+from ddpm_dist.sampling import export_npz, export_png, job
 from ddpm_dist.sampling.plan import Unit
 from ddpm_dist.sampling.worker import SampleWorker
 from tests.ray_local import ROOT, RayCluster
@@ -29,6 +30,7 @@ from tests.sampling.tiny import SETTINGS, CountingWorker, contents, make_order, 
 from tools.local.s3_server import S3Server
 
 CLUSTER = ClusterConfig(wait_seconds=240)
+UNIT = Unit(8, 16)
 
 
 class InProcess:
@@ -45,8 +47,8 @@ class InProcess:
             yield Done(task, self.workers[number % self.alive](task))
 
 
-def run_here(*orders: job.Order, workers: int = 2) -> list[job.Result]:
-    return job.run(orders, (1, 2), CLUSTER, InProcess(workers))  # type: ignore[arg-type]
+def run_here(*orders: job.Order, workers: int = 2, verify: bool = False) -> list[job.Result]:
+    return job.run(orders, (1, 2), CLUSTER, InProcess(workers), verify)  # type: ignore[arg-type]
 
 
 def test_the_number_of_workers_shows_nowhere(ray_cluster: RayCluster, bucket_url: str) -> None:
@@ -72,6 +74,56 @@ def test_goes_on_with_what_is_missing(tmp_path: Path) -> None:
         if also_shard:
             storage.delete(storage.join(out, unit.shard))
     assert run_here(make_order(url, out))[0].made == 12
+    assert contents(out) == whole
+
+
+def _lose(url: str) -> None:
+    storage.delete(url)
+
+
+def _cut(url: str) -> None:
+    storage.publish(url, storage.read(url)[:-512])
+
+
+def _alter(url: str) -> None:
+    data = bytearray(storage.read(url))
+    data[min(520, len(data) // 2)] ^= 1  # of an image, or of the table
+    storage.publish(url, bytes(data))
+
+
+@pytest.mark.parametrize("name", [UNIT.shard, f"index/{UNIT.shard}.samples"])
+@pytest.mark.parametrize("harm", [_lose, _cut, _alter])
+def test_what_a_finished_folder_lost_is_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: Callable[[str], None], name: str
+) -> None:
+    """A receipt outlives its shard: a listing tells what was lost or cut, reading tells what was altered."""
+    url, out = make_snapshot(f"file://{tmp_path}/snapshot"), f"file://{tmp_path}/out"
+    run_here(make_order(url, out))
+    whole = contents(out)
+    harm(storage.join(out, name))
+    if harm is not _alter:
+        assert run_here(make_order(url, out))[0].made == 8
+    else:
+        with pytest.raises(SamplingError, match="made again by the same command with --verify"):
+            run_here(make_order(url, out))
+        assert run_here(make_order(url, out), verify=True)[0].made == 8
+    assert f"{name}: " in caplog.text
+    assert contents(out) == whole
+    assert run_here(make_order(url, out), verify=True)[0].made == 0
+
+
+@pytest.mark.parametrize("spoilt", [b"", b"{}", b'["written"]', b'{"written": {"info": 3, "summary": {}}}'])
+def test_a_damaged_receipt_is_said_and_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, spoilt: bytes
+) -> None:
+    url, out = make_snapshot(f"file://{tmp_path}/snapshot"), f"file://{tmp_path}/out"
+    run_here(make_order(url, out))
+    whole = contents(out)
+    storage.publish(storage.join(out, UNIT.receipt), spoilt)
+    assert run_here(make_order(url, out))[0].made == 8
+    assert f"{UNIT.receipt}: not a receipt of a unit" in caplog.text
+    storage.publish(storage.join(out, UNIT.receipt), storage.read(storage.join(out, Unit(0, 8).receipt)))
+    assert run_here(make_order(url, out))[0].made == 8, "a receipt of another unit"
     assert contents(out) == whole
 
 
@@ -229,8 +281,8 @@ def test_a_class_conditional_network_of_diffusers(tmp_path: Path) -> None:
 def test_exports(tmp_path: Path) -> None:
     url, out = make_snapshot(f"file://{tmp_path}/snapshot", num_classes=2), f"file://{tmp_path}/out"
     run_here(make_order(url, out))
-    job.export_npz(out, f"file://{tmp_path}/all.npz")
-    job.export_png(out, f"file://{tmp_path}/png")
+    export_npz(out, f"file://{tmp_path}/all.npz")
+    export_png(out, f"file://{tmp_path}/png")
     samples = list(iterate(out))
     with np.load(io.BytesIO(storage.read(f"file://{tmp_path}/all.npz"))) as arrays:
         assert np.array_equal(arrays["arr_0"], np.stack([s.image.transpose(1, 2, 0) for s in samples]))

@@ -11,8 +11,9 @@ from ddpm_dist.data import writer
 from ddpm_dist.data.index import ShardInfo
 from ddpm_dist.diffusion.samplers import sample
 from ddpm_dist.errors import ConfigError, SamplingError, WorkerRefusedError
+from ddpm_dist.sampling.folder import Receipt
 from ddpm_dist.sampling.plan import Fingerprint, Manifest, Unit
-from ddpm_dist.sampling.worker import Probe, ProbeTask, Receipt, SampleWorker, UnitTask
+from ddpm_dist.sampling.worker import Probe, ProbeTask, SampleWorker, UnitTask
 from tests.sampling.test_plan import manifest as any_manifest
 from tests.sampling.tiny import SETTINGS, contents, make_snapshot
 
