@@ -11,7 +11,9 @@ from ddpm_dist.diffusion.samplers import SAMPLERS, sample
 from ddpm_dist.errors import ConfigError
 from ddpm_dist.snapshot import save_snapshot
 from tests.models.networks import random_unet, tiny_config
-from tools.bench.samplers import METRICS, NEAR, STOCHASTIC, Bench, Draw, Row, curves, first_within, picture, steps_for
+from tools.bench.samplers import Bench
+from tools.bench.samplers_picture import picture
+from tools.bench.samplers_rows import METRICS, NEAR, STOCHASTIC, Draw, Row, curves, first_within, steps_for
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

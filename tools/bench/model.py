@@ -23,208 +23,23 @@ ratios below 1.
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
 import statistics
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from diffusers import UNet2DModel
-from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
 
 from ddpm_dist import cli
 from ddpm_dist.allocator import keep_freed_memory
-from ddpm_dist.config import ModelConfig
 from ddpm_dist.errors import ConfigError
 from ddpm_dist.models.arithmetic import SLOW_BF16
-from ddpm_dist.models.unet import UNet, UNetConfig
+from tools.bench.model_peak import ConvShape, conv_seconds, conv_shapes
+from tools.bench.model_sides import DTYPES, SIDES, Contender, clock_of
 
-LR, DECAY, CLIP = 2e-4, 0.9999, 1.0
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WARM_UP = 2
-
-
-Clock = Callable[[], float]
-"""Seconds, of the clock on the wall or of the processor's time for this process."""
-
-
-class Batch(NamedTuple):
-    x: Tensor  # [B, 3, 32, 32], as are eps
-    t: Tensor  # [B]
-    eps: Tensor
-
-
-class ConvShape(NamedTuple):
-    inputs: int
-    outputs: int
-    kernel: int
-    stride: int
-    padding: int
-    size: int  # height and width of the input
-
-    def flops(self, batch: int) -> int:
-        """Of a forward pass: two per multiply-add."""
-        out = (self.size + 2 * self.padding - self.kernel) // self.stride + 1
-        return 2 * batch * self.inputs * self.outputs * self.kernel**2 * out**2
-
-
-class Ours:
-    """Our network and a training step with the parts that our engine uses."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.network = UNet(cifar10()).initialize(0).to(dtype)
-        self.weights = list(self.network.parameters())
-        self.masters = masters_of(self.weights)
-        self.averages = [master.detach().clone() for master in self.masters]
-        self.adam = torch.optim.Adam(self.masters, lr=LR, fused=True)
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self.network(batch.x, batch.t)
-
-    @torch.no_grad()
-    def update(self) -> None:
-        move_gradients(self.weights, self.masters)
-        torch.nn.utils.clip_grad_norm_(self.masters, CLIP, foreach=True)
-        self.adam.step()
-        torch._foreach_lerp_(self.averages, [*self.masters], 1 - DECAY)
-        if self.masters is not self.weights:
-            torch._foreach_copy_([*self.weights], [*self.masters])
-        self.adam.zero_grad()
-
-
-class Compiled(Ours):
-    """Ours with `model.compile`."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__(dtype)
-        self.network.compile()
-
-
-class Theirs:
-    """diffusers' network and a training step as its unconditional example does it, with float32 masters."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        settings = cifar10().to_diffusers()
-        settings.pop("_class_name")
-        self.network = UNet2DModel(**settings)
-        self.network.load_state_dict(UNet(cifar10()).initialize(0).state_dict())
-        self.network.to(dtype)
-        self.weights = list(self.network.parameters())
-        self.masters = masters_of(self.weights)
-        self.adam = torch.optim.Adam(self.masters, lr=LR)
-        self.ema = EMAModel(self.masters, decay=DECAY)
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self.network(batch.x, batch.t).sample
-
-    @torch.no_grad()
-    def update(self) -> None:
-        move_gradients(self.weights, self.masters)
-        torch.nn.utils.clip_grad_norm_(self.masters, CLIP)
-        self.adam.step()
-        self.ema.step(self.masters)
-        if self.masters is not self.weights:
-            for master, weight in zip(self.masters, self.weights, strict=True):
-                weight.copy_(master)
-        self.adam.zero_grad()
-
-
-def masters_of(weights: list[nn.Parameter]) -> list[nn.Parameter]:
-    """The float32 copies that the optimizer works on, or the weights themselves."""
-    if weights[0].dtype == torch.float32:
-        return weights
-    return [nn.Parameter(weight.detach().float()) for weight in weights]
-
-
-def move_gradients(weights: list[nn.Parameter], masters: list[nn.Parameter]) -> None:
-    """Hands each weight's gradient to its master, in float32; the same on both sides."""
-    if masters is not weights:
-        for master, weight in zip(masters, weights, strict=True):
-            assert weight.grad is not None, "a backward pass went before"
-            master.grad, weight.grad = weight.grad.float(), None
-
-
-Side = Ours | Theirs
-SIDES: dict[str, type[Ours] | type[Theirs]] = {"ours": Ours, "theirs": Theirs, "compiled": Compiled}
-
-
-def cifar10() -> UNetConfig:
-    """The paper's network, without dropout, whose random numbers are not what is measured."""
-    return UNetConfig.from_recipe(ModelConfig(), image_size=32, channels=3, learned_variance=False)
-
-
-def make_batch(size: int, dtype: torch.dtype) -> Batch:
-    generator = torch.Generator().manual_seed(0)
-    x, eps = (torch.randn(size, 3, 32, 32, generator=generator) for _ in range(2))
-    return Batch(x.to(dtype), torch.randint(1000, (size,), generator=generator), eps)
-
-
-def train_step(side: Side, batch: Batch, clock: Clock) -> tuple[float, float]:
-    """Seconds of (forward, loss and backward; the whole step)."""
-    start = clock()
-    F.mse_loss(side.forward(batch).float(), batch.eps).backward()
-    middle = clock()
-    side.update()
-    return middle - start, clock() - start
-
-
-@torch.no_grad()
-def inference_step(side: Side, batch: Batch, clock: Clock) -> float:
-    """Seconds of a forward pass."""
-    start = clock()
-    side.forward(batch)
-    return clock() - start
-
-
-class Contender:
-    """A process that trains one side, a step at a time, when it is asked to."""
-
-    def __init__(self, name: str, precision: str, args: argparse.Namespace) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, name, precision, args), daemon=True)
-        self._process.start()
-
-    def ask(self, what: str) -> Any:
-        """inference, training: seconds, as of the functions above; peak: bytes above what the imports took."""
-        self._pipe.send(what)
-        try:
-            return self._pipe.recv()
-        except EOFError:
-            raise SystemExit("a process of the benchmark ended; its words are above") from None
-
-    def end(self) -> None:
-        self._pipe.send("end")
-        self._process.join()
-
-
-def _serve(pipe: Connection, name: str, precision: str, args: argparse.Namespace) -> None:
-    torch.set_num_threads(args.threads)
-    if name != "theirs":
-        keep_freed_memory()
-    clock = clock_of(args)
-    before = _status_bytes("VmRSS")
-    side, batch = SIDES[name](DTYPES[precision]), make_batch(args.batch, DTYPES[precision])
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of imports and initialisation
-    while (what := pipe.recv()) != "end":
-        if what == "inference":
-            pipe.send(inference_step(side, batch, clock))
-        elif what == "training":
-            pipe.send(train_step(side, batch, clock))
-        else:
-            pipe.send(_status_bytes("VmHWM") - before)
-
-
-def clock_of(args: argparse.Namespace) -> Clock:
-    return time.process_time if args.cpu_time else time.perf_counter
 
 
 def alternate(contenders: dict[str, Contender], what: str, rounds: int) -> dict[str, list[Any]]:
@@ -241,73 +56,6 @@ def alternate(contenders: dict[str, Contender], what: str, rounds: int) -> dict[
 def ratio(found: dict[str, list[float]], ours: str = "ours", theirs: str = "theirs") -> float:
     """Median over the rounds of their time over ours."""
     return statistics.median(b / a for a, b in zip(found[ours], found[theirs], strict=True))
-
-
-def conv_shapes() -> Counter[ConvShape]:
-    """The convolutions that UNet2DModel really runs for one image, and how often each."""
-    shapes: Counter[ConvShape] = Counter()
-
-    def record(conv: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
-        c: Any = conv
-        shapes[ConvShape(c.in_channels, c.out_channels, c.kernel_size[0], c.stride[0], c.padding[0],
-                         inputs[0].shape[2])] += 1  # fmt: skip
-
-    side = Theirs(torch.float32)
-    for module in side.network.modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(record)
-    inference_step(side, make_batch(1, torch.float32), time.perf_counter)
-    return shapes
-
-
-def conv_seconds(
-    shapes: Counter[ConvShape], dtype: torch.dtype, batch: int, rounds: int, clock: Clock
-) -> tuple[float, float]:
-    """Seconds of all the network's convolutions alone, each at its best: (forward, forward and backward)."""
-    forward = backward = 0.0
-    for shape, count in shapes.items():
-        layouts = [_conv_times(shape, dtype, batch, layout, rounds, clock) for layout in LAYOUTS]
-        forward += count * min(layout[0] for layout in layouts)
-        backward += count * min(sum(layout) for layout in layouts)
-    return forward, backward
-
-
-LAYOUTS = (torch.contiguous_format, torch.channels_last)
-
-
-def _conv_times(
-    shape: ConvShape, dtype: torch.dtype, batch: int, layout: torch.memory_format, rounds: int, clock: Clock
-) -> tuple[float, float]:
-    x = torch.randn(batch, shape.inputs, shape.size, shape.size).to(dtype).to(memory_format=layout)
-    weight = torch.randn(shape.outputs, shape.inputs, shape.kernel, shape.kernel).to(dtype).to(memory_format=layout)
-    bias = torch.zeros(shape.outputs, dtype=dtype)
-    stride, padding = [shape.stride] * 2, [shape.padding] * 2
-    gradient = torch.randn_like(F.conv2d(x, weight, bias, stride, padding))
-    needed = [shape.inputs > 3, True, True]  # the image itself needs no gradient
-
-    def forward() -> None:
-        F.conv2d(x, weight, bias, stride, padding)
-
-    def backward() -> None:
-        torch.ops.aten.convolution_backward(
-            gradient, x, weight, [shape.outputs], stride, padding, [1, 1], False, [0, 0], 1, needed
-        )
-
-    return _best(forward, rounds, clock), _best(backward, rounds, clock)
-
-
-def _best(action: Callable[[], None], rounds: int, clock: Clock) -> float:
-    seconds = []
-    for _ in range(rounds):
-        start = clock()
-        action()
-        seconds.append(clock() - start)
-    return min(seconds)
-
-
-def _status_bytes(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
 
 
 def measure(precision: str, args: argparse.Namespace, shapes: Counter[ConvShape]) -> dict[str, float]:

@@ -17,14 +17,13 @@ is WORK/samplers.png. All of it on one thread; the ancestral limit is most of th
 import argparse
 import itertools
 import json
-import math
 import os
 import subprocess
 import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,60 +35,21 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from ddpm_dist import cli, snapshot, storage  # noqa: E402
-from ddpm_dist.config import SamplingConfig  # noqa: E402
 from ddpm_dist.data.stream import iterate  # noqa: E402
 from ddpm_dist.diffusion.denoiser import SPACINGS  # noqa: E402
 from ddpm_dist.diffusion.samplers import SAMPLERS, sample  # noqa: E402
 from ddpm_dist.errors import ConfigError  # noqa: E402
 from ddpm_dist.recipe import load_config  # noqa: E402
 from tools.bench.quality import Judge  # noqa: E402
+from tools.bench.samplers_picture import picture  # noqa: E402
+from tools.bench.samplers_rows import METRICS, Draw, Row, curves, first_within, steps_for  # noqa: E402
 
 RECIPES = {"digits": "digits", "digits-eps": "digits", "fashion-mnist": "fashion-mnist"}
 """What can be trained, and the data set that it takes."""
 UNIT = 256
-STOCHASTIC = ("ddpm", "dpmpp_2m_sde")
-LIMIT_STEPS = 100
-"""Of Heun's method, for the limit of the deterministic samplers."""
-NEAR = 1.05
-FEW = 50
-"""Evaluations up to which nearness is worth a remark."""
-METRICS = ("frechet_lite0", "frechet_pixel")
-
-
-@dataclass(frozen=True)
-class Draw:
-    """One way to sample."""
-
-    sampler: str
-    spacing: str
-    steps: int | None
-    clip: str = "static"
-    seed: int = 0
-
-    @property
-    def settings(self) -> SamplingConfig:
-        given = {"sampler": self.sampler, "spacing": self.spacing, "steps": self.steps, "clip": self.clip}
-        return SamplingConfig.model_validate(given)
-
-    @property
-    def key(self) -> str:
-        return f"{self.sampler}-{self.spacing}-{self.steps or 'all'}-{self.clip}-seed{self.seed}"
-
-    @property
-    def limit(self) -> "Draw":
-        """What more and more steps of this sampler lead to."""
-        if self.sampler in STOCHASTIC:
-            return replace(self, sampler="ddpm", spacing="uniform", steps=None)
-        return replace(self, sampler="heun", spacing="log_snr", steps=LIMIT_STEPS)
-
-
-def steps_for(sampler: str, evaluations: int) -> int:
-    """Steps that take at most so many evaluations: Heun's steps take two, but one the last."""
-    return (evaluations + 1) // 2 if sampler == "heun" else evaluations
 
 
 class Bench:
@@ -148,21 +108,6 @@ class Bench:
         return found
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: medians over seeds, ratios taken seed by seed."""
-
-    draw: Draw
-    evaluations: int
-    distances: dict[str, float]
-    ratios: dict[str, float]
-
-    def line(self) -> str:
-        cells = [f"{self.distances[m]:9.4f} {self.ratios[m]:6.3f}" for m in METRICS]
-        near = "  within 5 %" if self.evaluations <= FEW and max(self.ratios.values()) <= NEAR else ""
-        return f"{self.draw.sampler:13s}{self.draw.spacing:10s}{self.evaluations:5d}  {'   '.join(cells)}{near}"
-
-
 def measure_row(bench: Bench, draw: Draw, seeds: Sequence[int]) -> Row:
     """A way to sample, with all seeds, beside its limit."""
     runs = [bench.measure(replace(draw, seed=seed)) for seed in seeds]
@@ -170,97 +115,6 @@ def measure_row(bench: Bench, draw: Draw, seeds: Sequence[int]) -> Row:
     distances = {m: median(run[m] for run in runs) for m in METRICS}
     ratios = {m: median(run[m] / end[m] for run, end in zip(runs, limits, strict=True)) for m in METRICS}
     return Row(draw, int(runs[0]["evaluations"]), distances, ratios)
-
-
-def first_within(rows: Sequence[Row]) -> dict[str, int | None]:
-    """By sampler and spacing: the evaluations from which on all distances stay within 5 % of the limit, or None."""
-    return {name: _last_near(curve) for name, curve in curves(rows).items()}
-
-
-def _last_near(curve: Sequence[Row]) -> int | None:
-    near = itertools.takewhile(lambda row: max(row.ratios.values()) <= NEAR, reversed(curve))
-    return min((row.evaluations for row in near), default=None)
-
-
-def curves(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows by "sampler/spacing", evaluations rising."""
-    found: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: row.evaluations):
-        found.setdefault(f"{row.draw.sampler}/{row.draw.spacing}", []).append(row)
-    return found
-
-
-PANEL, MARGIN, SCALE = (460, 250), 44, 2
-COLOURS = {
-    "ddpm": "#7f7f7f", "ddim": "#1f77b4", "dpmpp_2m": "#d62728", "dpmpp_2m_sde": "#ff9896", "heun": "#2ca02c",
-    "unipc": "#9467bd",
-}  # fmt: skip
-RATIOS = (0.8, 4.0)
-"""Of the vertical axis; what lies outside is drawn at its edge."""
-
-
-def picture(rows: Sequence[Row]) -> Image.Image:
-    """Distance ÷ limit by evaluations, both logarithmic: a panel for each spacing and distance.
-
-    A curve for each sampler; the band is within 5 % of the limit.
-    """
-    spacings = sorted({row.draw.spacing for row in rows})
-    size = PANEL[0] * len(METRICS) * SCALE, PANEL[1] * len(spacings) * SCALE
-    image = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(image)
-    few, many = min(row.evaluations for row in rows), max(row.evaluations for row in rows)
-    for (down, spacing), (across, metric) in itertools.product(enumerate(spacings), enumerate(METRICS)):
-        left, top = (PANEL[0] * across + MARGIN) * SCALE, (PANEL[1] * down + MARGIN / 2) * SCALE
-        panel = Panel(pen, left, top, (few, many))
-        panel.axes(f"{metric} / limit, {spacing}", sorted({row.evaluations for row in rows}))
-        for curve in curves([row for row in rows if row.draw.spacing == spacing]).values():
-            panel.curve(COLOURS[curve[0].draw.sampler], [(row.evaluations, row.ratios[metric]) for row in curve])
-        panel.legend([name for name in COLOURS if any(row.draw.sampler == name for row in rows)])
-    return image.resize((size[0] // SCALE, size[1] // SCALE), Image.Resampling.LANCZOS)
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One pair of axes, in pixels of the picture before it is scaled down."""
-
-    pen: ImageDraw.ImageDraw
-    left: float
-    top: float
-    limits: tuple[int, int]
-    """Of the horizontal axis."""
-    width: float = (PANEL[0] - 1.5 * MARGIN) * SCALE
-    height: float = (PANEL[1] - 1.2 * MARGIN) * SCALE
-
-    def place(self, evaluations: float, ratio: float) -> tuple[float, float]:
-        low, high = self.limits
-        across = math.log(evaluations / low) / (math.log(high / low) or 1)
-        up = math.log(min(max(ratio, RATIOS[0]), RATIOS[1]) / RATIOS[0]) / math.log(RATIOS[1] / RATIOS[0])
-        return self.left + across * self.width, self.top + (1 - up) * self.height
-
-    def text(self, x: float, y: float, words: str, anchor: str, colour: str = "black") -> None:
-        self.pen.text((x, y), words, colour, font=ImageFont.load_default(11 * SCALE), anchor=anchor)
-
-    def axes(self, title: str, ticks: Sequence[int]) -> None:
-        low, high = self.limits
-        self.pen.rectangle([self.place(low, NEAR), self.place(high, 1 / NEAR)], fill="#e4f3e4")
-        for ratio in (1, 1.5, 2, 3, 4):
-            y = self.place(low, ratio)[1]
-            self.pen.line([(self.left, y), (self.left + self.width, y)], "#cccccc", SCALE)
-            self.text(self.left - 6 * SCALE, y, str(ratio), "rm")
-        for tick in ticks:
-            self.text(self.place(tick, 1)[0], self.top + self.height + 4 * SCALE, str(tick), "mt")
-        self.text(self.left, self.top - 4 * SCALE, title, "ls")
-
-    def curve(self, colour: str, points: Sequence[tuple[float, float]]) -> None:
-        places = [self.place(*point) for point in points]
-        self.pen.line(places, colour, 2 * SCALE, joint="curve")
-        for x, y in places:
-            self.pen.ellipse([x - 3 * SCALE, y - 3 * SCALE, x + 3 * SCALE, y + 3 * SCALE], fill=colour)
-
-    def legend(self, names: Sequence[str]) -> None:
-        for line, name in enumerate(names):
-            y = self.top + (8 + 14 * line) * SCALE
-            self.text(self.left + self.width - 4 * SCALE, y, name, "rm", COLOURS[name])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -15,7 +15,6 @@ The two sides alternate in one run, and ratios are medians over rounds. Last lin
 
 import argparse
 import json
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -43,13 +42,13 @@ from ddpm_dist.config import ClusterConfig, Precision, SamplingConfig  # noqa: E
 from ddpm_dist.data import decode  # noqa: E402
 from ddpm_dist.data.stream import iterate  # noqa: E402
 from ddpm_dist.data.writer import EncodedSample, write_index, write_shard  # noqa: E402
-from ddpm_dist.diffusion.samplers import sample  # noqa: E402
 from ddpm_dist.evaluation import job as evaluation_job  # noqa: E402
 from ddpm_dist.evaluation.features import Lite0  # noqa: E402
 from ddpm_dist.evaluation.order import Order as EvaluationOrder  # noqa: E402
 from ddpm_dist.recipe import dump_config, load_config  # noqa: E402
 from ddpm_dist.sampling import job  # noqa: E402
 from ddpm_dist.sampling.worker import DTYPES  # noqa: E402
+from tools.bench.sampling_loops import Loops, images_per_s  # noqa: E402
 
 CLUSTER = ClusterConfig(wait_seconds=120)
 DEADLINE_S = 300.0
@@ -78,7 +77,7 @@ class Bench:
         """Images/s of a whole job on workers that are there."""
         self._runs += 1
         order = job.Order(self.snapshot, f"{self.folder}/out{self._runs}", images, sampling=self.settings(precision))
-        return _rate(images, lambda: job.run([order], (1, 1), CLUSTER, pool))
+        return images_per_s(images, lambda: job.run([order], (1, 1), CLUSTER, pool))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -100,7 +99,7 @@ def bench_job(bench: Bench) -> dict[str, float]:
     for workers in (1, 2):
         with (
             ActorPool(job.worker_factory(CLUSTER), (workers, workers), CLUSTER) as pool,
-            Loops(bench, workers) as loops,
+            Loops(bench.snapshot, bench.settings("fp32"), bench.shape, workers) as loops,
         ):
             bench.job(pool, workers * bench.settings("fp32").unit_size, "fp32")
             loops.run(bench.args.batch)
@@ -111,54 +110,6 @@ def bench_job(bench: Bench) -> dict[str, float]:
                 _say(f"{workers} workers: job {ours:.1f} images/s, bare loops {bare:.1f}", ours / bare)
         found[f"job_of_bare_{workers}"] = median(ratios)
     return found
-
-
-class Loops:
-    """Processes that only run network and sampler, all at once."""
-
-    def __init__(self, bench: Bench, count: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._count, self._batch = count, bench.args.batch
-        self._pipes, self._processes = [], []
-        for number in range(count):
-            mine, theirs = context.Pipe()
-            arguments = (theirs, number, bench.snapshot, bench.settings("fp32").model_dump_json(), bench.shape)
-            self._processes.append(context.Process(target=_loop, args=arguments, daemon=True))
-            self._pipes.append(mine)
-
-    def __enter__(self) -> "Loops":
-        for process in self._processes:
-            process.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for process in self._processes:
-            process.kill()
-
-    def run(self, images: int) -> float:
-        """Images/s of all together; each draws its share of whole batches."""
-        batches = max(1, images // self._batch // self._count)
-
-        def draw() -> None:
-            for pipe in self._pipes:
-                pipe.send(batches)
-            for pipe in self._pipes:
-                pipe.recv()
-
-        return _rate(batches * self._batch * self._count, draw)
-
-
-def _loop(pipe: Any, number: int, url: str, settings_json: str, shape: tuple[int, int, int]) -> None:
-    torch.set_num_threads(1)
-    settings = SamplingConfig.model_validate_json(settings_json)
-    network, diffusion = snapshot.load_snapshot(url)
-    network.requires_grad_(False)
-    assert settings.batch_size is not None
-    while True:
-        for batch in range(pipe.recv()):
-            indices = torch.arange(settings.batch_size) + (1000 * number + batch) * settings.batch_size
-            sample(network, diffusion, settings, seed=0, indices=indices, shape=shape)
-        pipe.send("done")
 
 
 def bench_diffusers(bench: Bench) -> dict[str, float]:
@@ -180,7 +131,7 @@ def bench_diffusers(bench: Bench) -> dict[str, float]:
             for _ in range(images // args.batch):
                 pipeline(batch_size=args.batch, num_inference_steps=args.steps, eta=0.0, output_type="np")
 
-        return _rate(images // args.batch * args.batch, draw)
+        return images_per_s(images // args.batch * args.batch, draw)
 
     ratios = []
     with ActorPool(job.worker_factory(CLUSTER), (1, 1), CLUSTER) as pool:
@@ -226,7 +177,7 @@ def bench_evaluate(bench: Bench) -> dict[str, float]:
 
         evaluation_job.evaluate(EvaluationOrder(samples=data, data=data, metrics=("frechet_lite0",)), pool, 2, CLUSTER)
         for _ in range(bench.args.rounds):
-            reference, own = _rate(count, theirs), _rate(count, ours)
+            reference, own = images_per_s(count, theirs), images_per_s(count, ours)
             ratios.append(own / reference)
             _say(f"evaluation: 2 workers {own:.0f} images/s, torchmetrics {reference:.0f}", own / reference)
     return {"evaluate_of_torchmetrics_2": median(ratios)}
@@ -251,18 +202,17 @@ def bench_first(bench: Bench) -> dict[str, float]:
     with RayCluster(2, os.environ) as cluster:
         for number in range(bench.args.rounds):
             out = f"{bench.folder}/first{number}"
-            command = [
-                "ray",
-                "job",
-                "submit",
-                "--no-wait",
-                "--working-dir",
-                str(ROOT),
-                "--",
+            command = ["ray", "job", "submit", "--no-wait", "--working-dir", str(ROOT), "--"]
+            command += [
                 "python",
                 "launch/sample.py",
+                "--snapshot",
+                bench.snapshot,
+                "--out",
+                out,
+                "--num-samples",
+                str(bench.args.batch),
             ]
-            command += ["--snapshot", bench.snapshot, "--out", out, "--num-samples", str(bench.args.batch)]
             command += [f"sampling.batch_size={bench.args.batch}", f"sampling.unit_size={bench.args.batch}"]
             command += ["sampling.sampler=ddim", f"sampling.steps={bench.args.steps}", "--workers", "1"]
             start = time.perf_counter()
@@ -293,12 +243,6 @@ def _make_set(url: str, count: int, seed: int) -> str:
 def _batches(url: str) -> "list[Tensor]":
     images = [torch.from_numpy(sample.image.copy()) for sample in iterate(url)]
     return list(torch.stack(images).split(64))
-
-
-def _rate(images: int, action: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    action()
-    return images / (time.perf_counter() - start)
 
 
 def _say(text: str, ratio: float) -> None:
