@@ -10,11 +10,7 @@ from ddpm_dist.lazy import lazily
 
 if TYPE_CHECKING:
     from ddpm_dist.data.decode import Pixels as Pixels, encode_png as encode_png, encode_raw as encode_raw
-    from ddpm_dist.data.foreign import (
-        DEFAULT_LABEL as DEFAULT_LABEL,
-        index_shards as index_shards,
-        verify_shards as verify_shards,
-    )
+    from ddpm_dist.data.foreign import DEFAULT_LABEL as DEFAULT_LABEL, index_shards as index_shards
     from ddpm_dist.data.index import (
         DataIndex as DataIndex,
         ShardInfo as ShardInfo,
@@ -26,6 +22,7 @@ if TYPE_CHECKING:
     from ddpm_dist.data.order import share_of as share_of
     from ddpm_dist.data.sources import SOURCES as SOURCES, SourceOptions as SourceOptions
     from ddpm_dist.data.stream import DecodedSample as DecodedSample, iterate as iterate
+    from ddpm_dist.data.verify import verify_shards as verify_shards
     from ddpm_dist.data.view import BatchView as BatchView
     from ddpm_dist.data.writer import (
         EncodedSample as EncodedSample,
@@ -45,7 +42,8 @@ __all__, _named = lazily(
     decode="Pixels encode_png encode_raw",
     writer="EncodedSample ShardSummary WrittenShard write_index write_shard",
     view="BatchView",
-    foreign="DEFAULT_LABEL index_shards verify_shards",
+    foreign="DEFAULT_LABEL index_shards",
+    verify="verify_shards",
     sources="SOURCES SourceOptions",
 )
 if not TYPE_CHECKING:

@@ -9,7 +9,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import PurePosixPath
@@ -20,16 +20,16 @@ from ddpm_dist import storage
 from ddpm_dist.data import decode, parts
 from ddpm_dist.data.index import INDEX_NAME, DataIndex, load_index
 from ddpm_dist.data.permutation import Ints, key_of, permute
+from ddpm_dist.data.plans import PLAN_NAME, PlanHead, parse_plan, shard_name
 from ddpm_dist.data.processes import in_processes
 from ddpm_dist.data.sources import Item, Source, SourceOptions, open_source
 from ddpm_dist.data.sources.files import is_image
-from ddpm_dist.data.writer import EncodedSample, write_index, write_shard
+from ddpm_dist.data.writer import EncodedSample, WrittenShard, write_index, write_shard
 from ddpm_dist.errors import ConfigError, DataError, NotFoundError
 from ddpm_dist.progress import Progress, counted
 
 log = logging.getLogger(__name__)
 
-PLAN_NAME = "plan.json"
 MIN_SHARDS = 8
 PROBES = 64
 MEMBER_BYTES = 2048
@@ -62,6 +62,11 @@ class Plan:
     @property
     def shards(self) -> int:
         return -(-self.samples // self.samples_per_shard)
+
+    @property
+    def head(self) -> PlanHead:
+        source = " ".join([self.kind, *self.options.inputs])
+        return PlanHead(source, self.samples, self.samples_per_shard, self.skip_bad)
 
     def to_bytes(self) -> bytes:
         return (json.dumps(asdict(self), indent=1) + "\n").encode()
@@ -107,10 +112,6 @@ def encode_item(plan: Plan, item: Item, number: int) -> EncodedSample:
     if plan.format == "raw":
         return EncodedSample(key, decode.encode_raw(pixels), "npy", item.label)
     return EncodedSample(key, decode.encode_png(pixels), "png", item.label)
-
-
-def shard_name(number: int) -> str:
-    return f"shard-{number:06d}.tar"
 
 
 def make_shard(plan: Plan, source: Source, url: str, number: int) -> int:
@@ -169,9 +170,9 @@ def build(plan: Plan, url: str, run: Callable[[Plan, str, list[int]], Iterable[i
     if _claim(plan, url):
         log.info("make_shards: %s holds this data set already, complete", storage.redact(url))
         return load_index(url)
-    finished = parts.finished_parts(url)
+    finished = _finished(plan, url)
     missing = [number for number in range(plan.shards) if number not in finished]
-    done = sum(_count(plan, number) for number in finished)
+    done = sum(plan.head.samples_of(number) for number in finished)
     log.info(
         "make_shards: %s in %s to %s%s",
         counted(plan.samples, "sample"),
@@ -223,6 +224,8 @@ def _claim(plan: Plan, url: str) -> bool:
         if storage.create(storage.join(url, PLAN_NAME), plan.to_bytes()):
             return False
         there = storage.read(storage.join(url, PLAN_NAME))
+    if parse_plan(there) is None:
+        raise ConfigError(f"{storage.redact(url)}: not empty; nothing is overwritten, choose another URL")
     complete = storage.exists(storage.join(url, INDEX_NAME))
     if there != plan.to_bytes():
         old, new = json.loads(there), json.loads(plan.to_bytes())
@@ -234,16 +237,50 @@ def _claim(plan: Plan, url: str) -> bool:
             )
         if not complete:  # its finished shards met no bad image, so they are what --skip-bad would make
             storage.publish(storage.join(url, PLAN_NAME), plan.to_bytes())
+    if complete:
+        _check_whole(plan, url)
     return complete
 
 
-def _count(plan: Plan, number: int) -> int:
-    return min(plan.samples_per_shard, plan.samples - number * plan.samples_per_shard)
+def _check_whole(plan: Plan, url: str) -> None:
+    """ConfigError for an index that isn't that of the whole plan: another tool made it of what there was."""
+    index = load_index(url)
+    lacks = plan.head.misses({shard.name: shard.samples for shard in index.shards})
+    if lacks:
+        raise ConfigError(
+            f"{storage.redact(url)}: {INDEX_NAME} lists {counted(index.num_samples, 'sample')}, but {PLAN_NAME} has "
+            f"{plan.samples}: {lacks}. It was made while this set wasn't finished; move {INDEX_NAME} away, and this "
+            f"command goes on from here"
+        )
+
+
+def _finished(plan: Plan, url: str) -> set[int]:
+    """Numbers of the shards that an earlier start finished, and that are there as they were then."""
+    found = parts.read_finished(url)
+    there = storage.list_objects(url) if found else {}
+    return {number for number, part in found.items() if _is_of(plan, number, part) and _lies(part, there)}
+
+
+def _is_of(plan: Plan, number: int, part: WrittenShard) -> bool:
+    return number < plan.shards and part.info.name == shard_name(number) and part.info.samples <= plan.samples_per_shard
+
+
+def _lies(part: WrittenShard, there: Mapping[str, int]) -> bool:
+    return there.get(part.info.name) == part.info.bytes
 
 
 def _publish_index(plan: Plan, url: str) -> DataIndex:
     source = open_source(plan.kind, plan.options)
-    written = parts.read_parts(url, range(plan.shards))
-    index = write_index(url, written, class_names=source.class_names, about=source.about)
+    found = parts.read_finished(url)
+    if not set(range(plan.shards)) <= found.keys() and storage.exists(storage.join(url, INDEX_NAME)):
+        log.info("make_shards: %s was finished by another make_shards meanwhile", storage.redact(url))
+        _check_whole(plan, url)
+        index = load_index(url)
+    else:
+        written = [part for number, part in sorted(found.items()) if _is_of(plan, number, part)]
+        lacks = plan.head.misses({part.info.name: part.info.samples for part in written})
+        if lacks:
+            raise DataError(f"{storage.redact(url)}: {lacks}, although all were made; was something deleted there?")
+        index = write_index(url, written, class_names=source.class_names, about=source.about)
     parts.delete_parts(url)
     return index

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_dist import storage
+from ddpm_dist.data.plans import plan_at
 from ddpm_dist.data.ranges import RangeReader
 from ddpm_dist.errors import ConfigError, DataError, NotFoundError, ShardError
 
@@ -25,6 +26,8 @@ TABLE_FOLDER = "index"
 INDEX_FORMAT = "ddpm_dist data index 1"
 TABLE_MAGIC = b"ddpm_dist samples 1\n"
 NO_LABEL = -1
+LEFT_OUT = "left_out"
+"""Key of an index's `about` under which index_shards keeps {shard: why it isn't in the index}."""
 MAX_SHARD_BYTES = 2**40
 
 ROW = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4"), ("label", "<i4"), ("key_end", "<u4")])
@@ -183,6 +186,12 @@ def load_index(url: str, name: str | None = None) -> DataIndex:
             data = reader.read_whole(storage.join(url, INDEX_NAME))
     except NotFoundError as error:
         storage.check_access(url, name)
+        plan = plan_at(url)
+        if plan:
+            raise DataError(
+                f"{name or 'the data set'}: {place} isn't there yet: make_shards ({plan.source}) began this data set "
+                f"and didn't finish it; the same make_shards command goes on with it"
+            ) from None
         key = f"{name}: " if name else ""
         raise NotFoundError(
             f"{key}{place}: {str(error).rpartition(': ')[2]}; tools/make_shards.py writes a data set, "
@@ -194,7 +203,7 @@ def load_index(url: str, name: str | None = None) -> DataIndex:
             raise DataError(f"{place}: format {values['format']!r}, this version reads {INDEX_FORMAT!r}")
         index = DataIndex(url, tuple(ShardInfo(*row) for row in values["shards"]), _schema(values["schema"]))
         content_id, about = values["content_id"], dict(values["about"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{place}: not an index of a data set ({error}); make it again") from None
     if index.content_id != content_id:
         raise DataError(f"{place}: altered: its content is {index.content_id}, it says {content_id}")

@@ -1,45 +1,86 @@
-"""What is known of finished shards while a data set is being made: one small object each, gone with the index."""
+"""What is known of finished shards while a data set is being made or indexed: one small object each, gone at the end.
+
+They lie in a folder whose name nobody else has, and are deleted by their names, one by one: data of the user's can lie
+anywhere. Version 0.1.0 had them in `parts`; there, what parses as ours is ours.
+"""
 
 import json
 import re
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 from ddpm_dist import storage
 from ddpm_dist.data.index import ShardInfo
 from ddpm_dist.data.writer import ShardSummary, WrittenShard
+from ddpm_dist.errors import DataError, NotFoundError
 
-PARTS_FOLDER = "parts"
+PARTS_FOLDER = "ddpm_dist-unfinished"
+OLD_PARTS_FOLDER = "parts"
+ASKED_NAME = "asked"
+"""Object beside the parts with what was asked for, so that another question doesn't take these for its answers."""
 THREADS = 16
 
 
 def publish_part(url: str, number: int, written: WrittenShard) -> None:
     """Says that shard `number` is finished; published after the shard and its table."""
-    storage.publish(_part_url(url, number), json.dumps(asdict(written)).encode())
+    storage.publish(_part_url(url, number, PARTS_FOLDER), json.dumps(asdict(written)).encode())
 
 
-def finished_parts(url: str) -> set[int]:
-    """Numbers of the finished shards."""
-    names = storage.list_names(storage.join(url, PARTS_FOLDER))
-    return {int(name.removesuffix(".json")) for name in names if re.fullmatch(r"\d+\.json", name)}
+def read_finished(url: str) -> dict[int, WrittenShard]:
+    """The finished shards by number."""
+    found: dict[int, WrittenShard] = {}
+    for folder in (OLD_PARTS_FOLDER, PARTS_FOLDER):
+        numbers = _numbers(url, folder)
+        with ThreadPoolExecutor(THREADS) as pool:
+            parts = pool.map(_read, [_part_url(url, number, folder) for number in numbers])
+            found |= {number: part for number, part in zip(numbers, parts, strict=True) if part is not None}
+    return found
 
 
-def read_parts(url: str, numbers: Iterable[int]) -> list[WrittenShard]:
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(lambda number: _parse(storage.read(_part_url(url, number))), numbers))
+def same_as_before(url: str, asked: bytes) -> bool:
+    """Whether the parts that are there answer this question; where none was asked, it is now."""
+    place = storage.join(url, PARTS_FOLDER, ASKED_NAME)
+    return storage.create(place, asked) or storage.read(place) == asked
 
 
 def delete_parts(url: str) -> None:
-    storage.delete_tree(storage.join(url, PARTS_FOLDER))
+    """Removes the parts, of 0.1.0 too, and their folders where nothing else is in them."""
+    for folder in (OLD_PARTS_FOLDER, PARTS_FOLDER):
+        place = storage.join(url, folder)
+        names = [_part_url(url, number, folder) for number in _numbers(url, folder)]
+        if folder == OLD_PARTS_FOLDER:
+            names = [name for name in names if _read(name) is not None]
+        else:
+            names.append(storage.join(place, ASKED_NAME))
+        if names:
+            with ThreadPoolExecutor(THREADS) as pool:
+                list(pool.map(storage.delete, names))
+            if not storage.list_names(place):
+                storage.delete_tree(place)  # an empty folder, or what a killed writer left half-written there
 
 
-def _part_url(url: str, number: int) -> str:
-    return storage.join(url, PARTS_FOLDER, f"{number:06d}.json")
+def _numbers(url: str, folder: str) -> list[int]:
+    names = storage.list_names(storage.join(url, folder))
+    return [int(name.removesuffix(".json")) for name in names if re.fullmatch(r"[0-9]{6,12}\.json", name)]
+
+
+def _part_url(url: str, number: int, folder: str) -> str:
+    return storage.join(url, folder, f"{number:06d}.json")
+
+
+def _read(place: str) -> WrittenShard | None:
+    """None where there is none, or an object of somebody else's."""
+    try:
+        return _parse(storage.read(place))
+    except (NotFoundError, DataError):
+        return None
 
 
 def _parse(data: bytes) -> WrittenShard:
-    values = json.loads(data)
-    summary = values["summary"]
-    sizes = {name: tuple(summary[name]) for name in ("min_size", "max_size")}
-    return WrittenShard(ShardInfo(**values["info"]), ShardSummary(**{**summary, **sizes}))
+    try:
+        values = json.loads(data)
+        summary = values["summary"]
+        sizes = {name: tuple(summary[name]) for name in ("min_size", "max_size")}
+        return WrittenShard(ShardInfo(**values["info"]), ShardSummary(**{**summary, **sizes}))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise DataError("not what is known of a shard") from None

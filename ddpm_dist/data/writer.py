@@ -1,10 +1,11 @@
 """Writes data sets: deterministic WebDataset shards, each published whole, and the index at the end."""
 
 import json
+import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from ddpm_dist.data.index import (
 )
 from ddpm_dist.errors import DataError
 
-EXTENSIONS = {"png": "png", "jpeg": "jpg", "npy": "npy"}
+PATHS_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class ShardSummary:
     max_size: tuple[int, int]
     classes: int
     """Largest label + 1; 0 without labels."""
+    left_out: Mapping[str, tuple[int, Sequence[str]]] = field(default_factory=dict)
+    """{what it is: (its number, some paths)} of files of the tar that belong to no sample."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +88,22 @@ def write_index(
     about: Mapping[str, Any] | None = None,
 ) -> DataIndex:
     """Publishes the index of finished shards, in the given order; with it, the data set exists."""
-    shards = list(shards)
-    schema = merge_schema([s.summary for s in shards if s.info.samples], class_names)
-    index = DataIndex(url, tuple(s.info for s in shards), schema, about or {})
+    index = make_index(url, shards, class_names=class_names, about=about)
     save_index(index)
     return index
+
+
+def make_index(
+    url: str,
+    shards: Iterable[WrittenShard],
+    *,
+    class_names: tuple[str, ...] | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> DataIndex:
+    """As `write_index`, not published. Raises DataError where the shards don't go together."""
+    shards = list(shards)
+    schema = merge_schema([s.summary for s in shards if s.info.samples], class_names)
+    return DataIndex(url, tuple(s.info for s in shards), schema, about or {})
 
 
 def index_tar(name: str, data: bytes, label_field: str = "cls") -> tuple[WrittenShard, SampleTable]:
@@ -98,7 +112,8 @@ def index_tar(name: str, data: bytes, label_field: str = "cls") -> tuple[Written
     label_field: extension of the member that holds the class as decimal text, or `json:FIELD` for a field of the
     .json member.
     """
-    samples = tar.walk(data, name)
+    found = tar.contents(data, name)
+    samples = found.samples
     rows = np.zeros(len(samples), ROW)
     keys: list[bytes] = []
     formats: Counter[str] = Counter()
@@ -108,7 +123,10 @@ def index_tar(name: str, data: bytes, label_field: str = "cls") -> tuple[Written
     for number, members in enumerate(samples):
         key = members[0].key
         if key in seen:
-            raise DataError(f"{name}: two samples have the key {key}; keys must be unique")
+            raise DataError(
+                f"{name}: the key {key} stands twice, with other files between; keys must be unique, and the files of "
+                f"a sample lie side by side: `tar --sort=name` writes them so"
+            )
         seen.add(key)
         keys.append(key.encode())
         end += len(keys[-1])
@@ -129,10 +147,11 @@ def index_tar(name: str, data: bytes, label_field: str = "cls") -> tuple[Written
     info = ShardInfo(name, len(data), len(samples), content_hash(data), len(table_data), content_hash(table_data))
     lows = (min((h for h, _ in sizes), default=0), min((w for _, w in sizes), default=0))
     highs = (max((h for h, _ in sizes), default=0), max((w for _, w in sizes), default=0))
+    left_out = {what: (len(paths), paths[:PATHS_SHOWN]) for what, paths in found.left_out.items()}
     classes = int(rows["label"].max(initial=NO_LABEL)) + 1
     if classes and int(rows["label"].min()) == NO_LABEL:
         raise DataError(f"{name}: some samples have a label ({label_field}), others don't")
-    return WrittenShard(info, ShardSummary(dict(formats), lows, highs, classes)), table
+    return WrittenShard(info, ShardSummary(dict(formats), lows, highs, classes, left_out)), table
 
 
 def merge_schema(parts: Iterable[ShardSummary], class_names: tuple[str, ...] | None = None) -> Schema:
@@ -150,6 +169,20 @@ def merge_schema(parts: Iterable[ShardSummary], class_names: tuple[str, ...] | N
     if class_names:
         classes = max(classes, len(class_names))
     return Schema(dict(formats), lows, highs, classes or None, class_names)
+
+
+def class_number(value: Any) -> int | None:
+    """A class 0…2³¹−1 that is written as decimal text or is a whole JSON number; None for all else, such as 3.7."""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    if isinstance(value, str):
+        found = re.fullmatch(r"\s*\+?([0-9]{1,20})(\.0*)?\s*", value)
+        value = int(found[1]) if found else None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31:
+        return value
+    return None
 
 
 def _members(sample: EncodedSample) -> dict[str, bytes]:
@@ -170,15 +203,12 @@ def _label(data: bytes, files: Mapping[str, tar.Member], label_field: str, place
     if json_field:
         try:
             fields = dict(json.loads(value))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             raise DataError(f"{place}.json: {value[:40]!r} is not a JSON object") from None
         if json_field not in fields:
             raise DataError(f"{place}.json: no field {json_field!r}; it has {', '.join(fields) or 'none'}")
         value = fields[json_field]
-    try:
-        label = int(value)
-        if 0 <= label < 2**31:
-            return label
-    except (ValueError, TypeError):
-        pass
+    label = class_number(value)
+    if label is not None:
+        return label
     raise DataError(f"{place}: its label ({label_field}) is {value!r:.40}; a class number (0, 1, …) is wanted")

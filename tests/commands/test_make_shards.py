@@ -15,9 +15,10 @@ from ddpm_dist import storage
 from ddpm_dist.commands import make_shards
 from ddpm_dist.data.build import shuffled
 from ddpm_dist.data.decode import encode_png
-from ddpm_dist.data.foreign import verify_shards
 from ddpm_dist.data.index import load_index
+from ddpm_dist.data.parts import PARTS_FOLDER
 from ddpm_dist.data.stream import iterate
+from ddpm_dist.data.verify import verify_shards
 from ddpm_dist.errors import ConfigError, DataError
 from tests.data.small_sets import config, global_batches, random_images
 from tests.ray_local import RayCluster
@@ -123,7 +124,7 @@ def test_a_bad_image_half_way_is_no_dead_end(tmp_path: Path, images: np.ndarray)
     for name in ("skipped", "mended", "removed"):
         with pytest.raises(DataError, match=r"17\.png"):
             make("folder", tmp_path / "files", f"file://{tmp_path}/{name}", "--shard-samples", 7)
-        assert list((tmp_path / name / "parts").iterdir()), "the bad image is in the first shard"
+        assert list((tmp_path / name / PARTS_FOLDER).iterdir()), "the bad image is in the first shard"
     make("folder", tmp_path / "files", f"file://{tmp_path}/skipped", "--shard-samples", 7, "--skip-bad")
     make("folder", tmp_path / "files", f"file://{tmp_path}/skip", "--shard-samples", 7, "--skip-bad")
     assert tree(tmp_path / "skipped") == tree(tmp_path / "skip")
@@ -169,7 +170,7 @@ def test_killed_ten_times_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
     tail = ["--shard-samples", "3"]
     make(*options, f"file://{tmp_path}/unbroken", *tail)
     out = tmp_path / "killed"
-    finished = out / "parts"
+    finished = out / PARTS_FOLDER
     arguments = [*options, f"file://{out}", *tail, "--workers", "1"]
     chance = random.Random(4)
     fork = multiprocessing.get_context("fork")  # a fresh interpreter would take longer to start than to be killed
@@ -196,7 +197,7 @@ def test_a_pool_dies_with_its_parent(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "tools.make_shards", *map(str, arguments)], cwd=ROOT, stderr=subprocess.DEVNULL
     )
-    while not (tmp_path / "out" / "parts").exists():
+    while not (tmp_path / "out" / PARTS_FOLDER).exists():
         time.sleep(0.05)
         assert process.poll() is None
     process.kill()  # the parent alone

@@ -14,10 +14,10 @@ import pytest
 from ddpm_dist import storage
 from ddpm_dist.data import tar
 from ddpm_dist.data.decode import CAUSES, BadSampleError, decode, encode_png
-from ddpm_dist.data.foreign import verify_shards
 from ddpm_dist.data.index import load_index
 from ddpm_dist.data.loader import Loader
 from ddpm_dist.data.stream import iterate
+from ddpm_dist.data.verify import verify_shards
 from ddpm_dist.data.writer import EncodedSample, index_tar, shard_bytes
 from ddpm_dist.errors import BadSamplesError, DdpmDistError, ShardError
 from ddpm_dist.storage import filesystem

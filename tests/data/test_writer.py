@@ -12,9 +12,10 @@ from ddpm_dist import storage
 from ddpm_dist.data import tar
 from ddpm_dist.data.decode import encode_png
 from ddpm_dist.data.fetch import ShardReader
-from ddpm_dist.data.foreign import index_shards, verify_shards
+from ddpm_dist.data.foreign import index_shards
 from ddpm_dist.data.index import load_index
 from ddpm_dist.data.order import Extent
+from ddpm_dist.data.verify import verify_shards
 from ddpm_dist.data.writer import EncodedSample, shard_bytes, write_index, write_shard
 from ddpm_dist.errors import ConfigError, DataError, NotFoundError
 from tests.data.small_sets import random_images, write_set
