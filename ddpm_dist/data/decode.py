@@ -1,7 +1,8 @@
 """Image files to the form that the network sees: uint8, H×W×C, one size, grey or RGB.
 
 8-bit PNG by pyspng, JPEG by simplejpeg, `.npy` as it lies, everything else by Pillow. Palettes and CMYK
-become RGB, 16 bits become 8 (the high byte), transparency is composited on white.
+become RGB, 16 bits become 8 (the high byte), transparency is composited on white; of an animation it is the
+first frame; colour profiles are not applied. Damage is refused where the file can show it (`strict.py`).
 """
 
 import io
@@ -17,18 +18,20 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
+from ddpm_dist.data.strict import JPEG_ODDITIES, PNG, png_damage, without_oddity
+
 Pixels = NDArray[np.uint8]
 
 MAX_PIXELS = 2**26
 """Larger images are refused before they are unpacked (a few kB of PNG can hold gigabytes)."""
 CAUSES = ("empty", "not_an_image", "too_large", "corrupt")
 
-_PNG = b"\x89PNG\r\n\x1a\n"
+_IHDR = struct.Struct(">IIBB")
 _JPEG = b"\xff\xd8\xff"
 _JPEG_SPACES = ("RGB", "YCbCr", "Gray")
 _NPY = b"\x93NUMPY"
 # What Pillow may open; formats that run other programs or scripts (EPS) stay out.
-_PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
+_PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "AVIF")
 Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is checked here, with an error instead of a warning
 
 
@@ -73,8 +76,8 @@ def decode_into(data: bytes, out: Pixels) -> None:
             if height == width == size and colorspace in _JPEG_SPACES:
                 simplejpeg.decode_jpeg(data, colorspace="GRAY" if channels == 1 else "RGB", buffer=out)
                 return
-        except ValueError as error:
-            raise BadSampleError("corrupt", str(error)) from None
+        except ValueError:
+            pass  # `decode` says whether that is damage
     out[...] = decode(data, size, channels)
 
 
@@ -86,6 +89,10 @@ def describe(data: bytes) -> tuple[str, int, int]:
         if data.startswith(_NPY):
             shape = _npy_shape(data)[0]
             return "npy", shape[0], shape[1]
+        if data.startswith(PNG):
+            _check_chunks(data)
+            width, height, *_ = _png_head(data)
+            return "png", height, width
         with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
             return str(image.format).lower(), image.height, image.width
     except BadSampleError:
@@ -136,7 +143,7 @@ def encode_raw(pixels: Pixels) -> bytes:
 def _decoder(data: bytes) -> Callable[[bytes, int | None, int | None], Pixels]:
     if data.startswith(_JPEG):
         return _jpeg
-    if data.startswith(_PNG):
+    if data.startswith(PNG):
         return _png
     if data.startswith(_NPY):
         return _npy
@@ -144,9 +151,9 @@ def _decoder(data: bytes) -> Callable[[bytes, int | None, int | None], Pixels]:
 
 
 def _png(data: bytes, size: int | None, channels: int | None) -> Pixels:
-    # IHDR: width, height, bit depth, colour type (0 grey, 2 RGB, 3 palette, 4 and 6 with alpha), …, interlacing.
-    width, height, depth, colour = struct.unpack_from(">IIBB", data, 16)
+    width, height, depth, colour = _png_head(data)
     _check_pixels(height, width)
+    _check_chunks(data)
     # tRNS gives transparency to the types without alpha; it stands before the first IDAT.
     if depth != 8 or colour not in (0, 2) or b"tRNS" in data[33 : data.find(b"IDAT")]:
         return _pillow(data, size, channels)
@@ -154,7 +161,32 @@ def _png(data: bytes, size: int | None, channels: int | None) -> Pixels:
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
+def _png_head(data: bytes) -> tuple[int, int, int, int]:
+    """(width, height, bit depth, colour type: 0 grey, 2 RGB, 3 palette, 4 and 6 with alpha) of a PNG."""
+    if data[12:16] != b"IHDR" or len(data) < 26:
+        raise BadSampleError("corrupt", f"it begins with the chunk {data[12:16]!r} and not with a whole IHDR")
+    return _IHDR.unpack_from(data, 16)
+
+
+def _check_chunks(data: bytes) -> None:
+    damage = png_damage(data)
+    if damage:
+        raise BadSampleError("corrupt", damage)
+
+
 def _jpeg(data: bytes, size: int | None, channels: int | None) -> Pixels:
+    for _ in range(JPEG_ODDITIES):
+        try:
+            return _strict_jpeg(data, size, channels)
+        except ValueError as error:
+            mended = without_oddity(data, str(error))
+            if mended is None:
+                raise
+            data = mended
+    return _strict_jpeg(data, size, channels)
+
+
+def _strict_jpeg(data: bytes, size: int | None, channels: int | None) -> Pixels:
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     _check_pixels(height, width)
     if colorspace not in _JPEG_SPACES:

@@ -20,7 +20,10 @@ from ddpm_dist.errors import ShardError, StorageError
 BLOCK = 512
 MAX_HEADER_BYTES = 2**22
 """Of long names and PAX attributes."""
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "npy", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff", "img", "image")
+IMAGE_EXTENSIONS = (
+    *("png", "jpg", "jpeg", "npy", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff", "img", "image"),
+    *("avif", "jfif", "jpe"),
+)
 CLUTTER_FOLDERS = frozenset(("__MACOSX", ".AppleDouble", ".Spotlight-V100", ".Trashes", ".ipynb_checkpoints", ".cache"))
 OTHERS = {
     b"version https://git-lfs.github.com/": "a pointer of Git LFS, not the file itself; `git lfs pull` brings it",

@@ -136,7 +136,7 @@ def test_fit_is_the_fields_recipe(height: int, width: int, size: int) -> None:
         (encode_raw(RGB.astype(np.float32)), "corrupt"),  # type: ignore[arg-type]
         (encode_raw(np.zeros((2, 2, 5), np.uint8)), "corrupt"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", "not_an_image"),
-        (b"\x89PNG\r\n\x1a\n" + b"\0" * 8 + (60000).to_bytes(4, "big") * 2 + b"\x08\x02" + b"\0" * 40, "too_large"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\0IHDR" + (60000).to_bytes(4, "big") * 2 + b"\x08\x02" + b"\0" * 40, "too_large"),
     ],
 )
 def test_what_is_no_image_says_why(data: bytes, cause: str) -> None:
