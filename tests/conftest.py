@@ -24,6 +24,12 @@ from tests.ray_local import ray_cluster, ray_nodes  # noqa: E402, F401
 from tools.local.s3_server import S3Server  # noqa: E402
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests compute on the CPU, also on a machine with GPUs, but for those that ask for one."""
+    if "cuda" not in str(config.getoption("-m")).replace("not cuda", "").split():
+        os.environ["CUDA_VISIBLE_DEVICES"], os.environ["DS_ACCELERATOR"] = "", "cpu"
+
+
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
     """A SeaweedFS with credentials of its own; `.kill()` and `.restart()` as a test likes, running again at its end."""

@@ -14,6 +14,12 @@ class ClusterConfig(Section):
     """Training processes, or [min, max] for an elastic run."""
     cpus_per_worker: Free[Annotated[float, Field(gt=0)]] = 1
     gpus_per_worker: Free[Annotated[float, Field(ge=0)]] = 0
+    """0: a worker computes on the CPU, also beside GPUs; 1: on one. Sampling and evaluation take fractions, too."""
+    deterministic: Free[bool] = True
+    """On a GPU: the same bits each time, as a resumed run needs them, by slower kernels (docs/gpus.md)."""
+    tf32: Free[bool] = False
+    """On a GPU: float32 products and convolutions with 10 bits of mantissa, as torch's own default is for convolutions.
+    Faster; on the CPU, and in bf16 and fp16, without effect."""
     max_failures: Free[Annotated[int, Field(ge=-1)]] = 10
     """Attempts that may fail before the run is given up; -1: no limit."""
     wait_seconds: Free[Annotated[float, Field(gt=0)]] = 60

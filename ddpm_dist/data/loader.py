@@ -48,11 +48,12 @@ class Batch:
 class Loader:
     """The batches of one rank. It has no state but the step: `batches(step)` starts anywhere at the same cost."""
 
-    def __init__(self, cfg: Config, rank: int, world: int) -> None:
+    def __init__(self, cfg: Config, rank: int, world: int, pinned: bool = False) -> None:
+        """pinned: batches lie in memory that a GPU reads by itself."""
         batch = cfg.train.global_batch
         if batch % world:
             raise ConfigError(f"train.global_batch: {batch} can't be shared by {world} ranks")
-        self._cfg = cfg
+        self._cfg, self._pinned = cfg, pinned
         self._indexes, weights = open_sets(cfg)
         self._order = make_order(cfg, self._indexes, weights)
         self._places = share_of(rank, world, batch)
@@ -124,7 +125,7 @@ class Loader:
             flip(part, self._cfg.run.seed)
         images = torch.from_numpy(part.images).permute(0, 3, 1, 2)
         labels = torch.from_numpy(part.labels) if self._labelled else None
-        if torch.cuda.is_available():
+        if self._pinned:
             images = images.pin_memory()
             labels = labels.pin_memory() if labels is not None else None
         return Batch(part.step, self.epoch(part.step), images, labels, part.keys, bad)

@@ -1,45 +1,28 @@
 """DeepSpeed adapter: ZeRO stages 0-3 with float32 masters, moments and gradient accumulation.
 
-The only module that imports deepspeed; what is assumed of its optimizer classes stands in `zero_layout.py`.
+How DeepSpeed is started stands in `start.py`, what is assumed of its optimizer classes in `zero_layout.py`.
 """
 
-import contextlib
-import gc
-import logging
 import math
 import os
 import shutil
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ddpm_dist import device as devices
 from ddpm_dist.allocator import keep_freed_memory
 from ddpm_dist.config import Config
 from ddpm_dist.engine.pieces import Piece
+from ddpm_dist.engine.start import deepspeed_settings, initialize, load_deepspeed
 from ddpm_dist.engine.world import World
 from ddpm_dist.engine.zero_layout import LAYOUTS
 from ddpm_dist.errors import ConfigError
 from ddpm_dist.models import SLOW_BF16
 
-if not torch.cuda.is_available():
-    os.environ["DS_ACCELERATOR"] = "cpu"
-import deepspeed
-
-# Without this, DeepSpeed compiles a shared-memory extension for CPU collectives at the first start: a minute,
-# a compiler, and a lock that a SIGKILL leaves behind (pytorch#189245). gloo does that work as well.
-deepspeed.ops.__compatible_ops__ = {}
-logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated", category=FutureWarning)
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MAX_BUCKET_ELEMENTS = 1 << 25
-"""Gradients reduced at once: 128 MiB in float32."""
-PERSISTENT_ELEMENTS = 100_000
-"""Under ZeRO-3, parameters up to this size stay whole on every rank."""
 
 
 @dataclass(frozen=True)
@@ -80,16 +63,8 @@ class Engine:
             # DeepSpeed casts the network before it copies the masters from it: they would start rounded.
             initial = {name: p.detach().to("cpu", copy=True).view(-1) for name, p in network.named_parameters()}
         self._adam = _make_optimizer(network, cfg, world)
-        with (
-            contextlib.redirect_stdout(None),
-            _nothing_to_collect(),
-        ):  # it prints memory figures, whatever the log level
-            self._ds = deepspeed.initialize(
-                model=network,
-                optimizer=self._adam,
-                config=deepspeed_settings(cfg, world, micro_batch, accumulation, sum(numels.values())),
-                dist_init_required=False,
-            )[0]
+        settings = deepspeed_settings(cfg, world, micro_batch, accumulation, sum(numels.values()))
+        self._ds = initialize(network, self._adam, settings, world)
         self._layout = LAYOUTS[cfg.zero.stage](self._ds, self._adam, world)
         self._pieces = self._layout.pieces()
         if initial is not None:
@@ -162,11 +137,12 @@ class Engine:
             "micro_batch": self._micro_batch,
             "accumulation": self.accumulation,
             "zero_stage": self._ds.zero_optimization_stage(),
-            "device": _device_name(self.world.device),
+            "device": devices.name(self.world.device),
+            **devices.fingerprint(self.world.device),
             "threads": torch.get_num_threads(),
             "widens_bf16": SLOW_BF16,
             "torch": torch.__version__,
-            "deepspeed": deepspeed.__version__,
+            "deepspeed": load_deepspeed().__version__,
         }
 
     def close(self) -> None:
@@ -186,7 +162,7 @@ _SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 def check(cfg: Config, world: World) -> None:
     """Raises ConfigError for what this machine can't do."""
     if cfg.precision == "fp16" and world.device.type != "cuda":
-        raise ConfigError("precision: fp16 needs CUDA, and there is none here; use bf16")
+        raise ConfigError("precision: fp16 needs CUDA (cluster.gpus_per_worker=1); use bf16")
     if cfg.model.compile and world.device.type == "cpu":
         compiler = os.environ.get("CXX", "g++")  # as torch looks for it
         if shutil.which(compiler) is None:
@@ -194,54 +170,6 @@ def check(cfg: Config, world: World) -> None:
                 f"model.compile: torch.compile needs a C++ compiler, and {compiler} is not on this node; install it on "
                 "every node, or set model.compile=false"
             )
-
-
-def deepspeed_settings(cfg: Config, world: World, micro_batch: int, accumulation: int, numel: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration, derived from ours. numel: trained elements of the network."""
-    bucket = max(1, min(numel, MAX_BUCKET_ELEMENTS))
-    settings: dict[str, Any] = {
-        "train_batch_size": micro_batch * accumulation * world.size,
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "zero_allow_untested_optimizer": True,  # torch.optim.AdamW; DeepSpeed lists Adam alone
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-        "zero_optimization": {
-            "stage": cfg.zero.stage,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": 2 * MAX_BUCKET_ELEMENTS,
-            "overlap_comm": world.device.type == "cuda",
-        },
-    }
-    if cfg.zero.stage == 3:
-        settings["zero_optimization"] |= {
-            "stage3_prefetch_bucket_size": bucket,
-            "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
-        }
-    if cfg.zero.stage > 0:
-        settings["gradient_clipping"] = cfg.train.grad_clip
-    if cfg.zero.offload_optimizer:
-        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-    if cfg.precision == "bf16":
-        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
-    elif cfg.precision == "fp16":
-        settings["fp16"] = {"enabled": True, "loss_scale": 0}  # 0: dynamic
-    return settings
-
-
-@contextlib.contextmanager
-def _nothing_to_collect() -> Iterator[None]:
-    """DeepSpeed collects garbage before each of its memory figures: all objects of all packages, several times.
-
-    What exists is set aside meanwhile, unless the process had set it aside for good.
-    """
-    frozen = gc.get_freeze_count()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        if not frozen:
-            gc.unfreeze()
 
 
 def _make_optimizer(network: nn.Module, cfg: Config, world: World) -> torch.optim.Optimizer:
@@ -274,7 +202,3 @@ def _make_cpu_adam(parameters: list[nn.Parameter], cfg: Config) -> torch.optim.O
             "every node, or set zero.offload_optimizer=false"
         ) from None
     return optimizer
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+from ddpm_dist import device as devices
+from ddpm_dist.config import ClusterConfig
 from ddpm_dist.errors import ClusterError
 
 COLLECTIVE_TIMEOUT_S = 1800
@@ -35,30 +37,22 @@ class World:
         return self.rank == 0
 
 
-def init_world(threads: int = 1) -> World:
+def init_world(cluster: ClusterConfig | None = None) -> World:
     """Joins the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe.
 
-    Without them this is a world of one. A group that exists already (Ray Train's) is taken as it is.
-    `threads` is torch's number of threads on a CPU; it takes part in what makes a run bit-identical.
+    Without them this is a world of one. A group that exists already (Ray Train's) is taken as it is. The device is
+    what `cluster` (by default: one CPU) gives to a worker, and with it go the collectives: NCCL or gloo.
     """
+    cluster = cluster or ClusterConfig()
     rank, size = _environment_int("RANK", 0), _environment_int("WORLD_SIZE", 1)
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants to read it there, also in a world of one
-    device, backend = select_device(_environment_int("LOCAL_RANK", 0))
-    if device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        torch.set_num_threads(threads)
-    else:
-        torch.cuda.set_device(device)
+    local_rank = _environment_int("LOCAL_RANK", 0)
+    devices.check_training(cluster)
+    device = devices.select(cluster.gpus_per_worker, local_rank)
+    devices.set_up(device, cluster)
     if not dist.is_initialized():
-        _init_process_group(rank, size, backend)
-    return World(dist.get_rank(), dist.get_world_size(), _environment_int("LOCAL_RANK", 0), device, dist.get_backend())
-
-
-def select_device(local_rank: int) -> tuple[torch.device, str]:
-    """(device of a process, backend of its collectives): CUDA with NCCL where there is one, else CPU with gloo."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", local_rank % torch.cuda.device_count()), "nccl"
-    return torch.device("cpu"), "gloo"
+        _init_process_group(rank, size, "nccl" if device.type == "cuda" else "gloo")
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, device, dist.get_backend())
 
 
 def _init_process_group(rank: int, size: int, backend: str) -> None:

@@ -83,6 +83,10 @@ class _Flat:
 
     def __init__(self, ds: Any, adam: torch.optim.Optimizer, world: World) -> None:
         self._ds, self._adam = ds, adam
+        optimizer = ds.optimizer
+        if hasattr(optimizer, "has_overflow_partitioned_grads_serial") and not optimizer.cpu_offload:
+            # It would look at each gradient by itself (13 operations each); the norm, right after, decides the same.
+            optimizer.check_overflow = lambda partition_gradients=True: setattr(optimizer, "overflow", False)
 
     def pieces(self) -> list[Piece]:
         (flat,) = self._adam.param_groups[0]["params"]

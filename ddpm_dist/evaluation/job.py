@@ -29,8 +29,7 @@ log = logging.getLogger(__name__)
 
 def worker_factory(cluster: ClusterConfig) -> "partial[EvaluationWorker]":
     """Makes an EvaluationWorker on what the cluster's settings give to each worker."""
-    device = "cuda" if cluster.gpus_per_worker else "cpu"
-    return partial(EvaluationWorker, max(1, int(cluster.cpus_per_worker)), device)
+    return partial(EvaluationWorker, cluster)
 
 
 def run(order: Order, workers: tuple[int, int], cluster: ClusterConfig) -> dict[str, Any]:

@@ -5,7 +5,6 @@ It does a sampling job's tasks as well, so that one pool serves both.
 
 import itertools
 import math
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddpm_dist import snapshot, storage
+from ddpm_dist.config import ClusterConfig
 from ddpm_dist.data import iterate, load_index, share_of
 from ddpm_dist.diffusion import bits_per_dim
 from ddpm_dist.errors import EvaluationError
@@ -89,11 +89,12 @@ class NearestTask:
 class EvaluationWorker:
     """Does the tasks above, and those of a SampleWorker."""
 
-    def __init__(self, threads: int, device: str) -> None:
-        self._device = device
-        self._sampler = SampleWorker(threads, device)
+    def __init__(self, cluster: ClusterConfig) -> None:
+        """cluster: what a worker is given, and how exactly it computes."""
+        self._sampler = SampleWorker(cluster)
+        self._device = self._sampler.device
         self._networks: dict[tuple[Any, ...], FeatureNetwork] = {}
-        self._computing = threading.Lock()
+        self._computing = self._sampler.computing
 
     def __call__(self, task: Any) -> Any:
         if isinstance(task, SummaryTask):

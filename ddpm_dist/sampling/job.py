@@ -95,7 +95,7 @@ def run(
 
 def worker_factory(cluster: ClusterConfig) -> "partial[SampleWorker]":
     """Makes a SampleWorker on what the cluster's settings give to each worker."""
-    return partial(SampleWorker, max(1, int(cluster.cpus_per_worker)), "cuda" if cluster.gpus_per_worker else "cpu")
+    return partial(SampleWorker, cluster)
 
 
 def _run(orders: Sequence[Order], drafts: Sequence["_Draft"], pool: ActorPool, verify: bool) -> list[Result]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ddpm_dist import rng
@@ -104,6 +104,12 @@ class Fingerprint(BaseModel):
     """Kind of device, such as `cpu AVX512` or `cuda NVIDIA A100-SXM4-80GB`."""
     threads: int
     torch: str
+    numerics: dict[str, Any] | None = Field(default=None, exclude_if=lambda value: value is None)
+    """On a GPU: CUDA, cuDNN, and how exactly it computes. Manifests of version 0.1.0 lack it."""
+
+    def alike(self, stored: "Fingerprint") -> bool:
+        """Whether a worker with this fingerprint makes the images of a job with the stored one, as far as that says."""
+        return self == stored or (stored.numerics is None and self.model_copy(update={"numerics": None}) == stored)
 
 
 class Manifest(BaseModel):

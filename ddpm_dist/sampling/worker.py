@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_dist import snapshot, storage
+from ddpm_dist import device as devices, snapshot, storage
 from ddpm_dist.allocator import keep_freed_memory
-from ddpm_dist.config import SamplingConfig
+from ddpm_dist.config import ClusterConfig, SamplingConfig
 from ddpm_dist.data import EncodedSample, encode_png, encode_raw, write_shard
 from ddpm_dist.diffusion import GaussianDiffusion, Network, check_settings, sample
 from ddpm_dist.errors import SamplingError, WorkerRefusedError
@@ -68,16 +68,15 @@ class UnitTask:
 class SampleWorker:
     """Does ProbeTasks and UnitTasks. Thread-safe: one unit is computed while another one is published."""
 
-    def __init__(self, threads: int, device: str) -> None:
-        """device: cpu or cuda."""
-        torch.set_num_threads(threads)
-        if device == "cpu":
+    def __init__(self, cluster: ClusterConfig) -> None:
+        """cluster: what a worker is given, and how exactly it computes."""
+        self.device = devices.select(cluster.gpus_per_worker)
+        devices.set_up(self.device, cluster)
+        if self.device.type == "cpu":
             keep_freed_memory()
-        else:
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-            torch.backends.cudnn.benchmark = False  # its choice of kernels would differ from worker to worker
-        self._device = torch.device(device)
-        self._computing = threading.Lock()
+        self.computing = threading.RLock()
+        """Held by whoever computes: a process's device does one thing at a time (a recording of a CUDA graph bears
+        nobody beside it)."""
         self._networks: OrderedDict[tuple[str, str], tuple[Network, GaussianDiffusion]] = OrderedDict()
         self.loads = 0
         """Times that a snapshot was read."""
@@ -87,7 +86,7 @@ class SampleWorker:
 
     def probe(self, task: ProbeTask) -> Probe:
         settings = SamplingConfig.model_validate_json(task.sampling)
-        with self._computing:
+        with self.computing:
             network, diffusion = self.network(task.snapshot, settings.precision)
             check_settings(settings, diffusion)
             info = snapshot.load_info(task.snapshot)
@@ -98,7 +97,7 @@ class SampleWorker:
         """Publishes the unit's shard and then its receipt."""
         manifest = Manifest.model_validate_json(task.manifest)
         self._refuse_unless_alike(manifest.fingerprint)
-        with self._computing:
+        with self.computing:
             images, labels = self.images(manifest, task.unit)
         written = write_shard(task.out, task.unit.shard, _encode(manifest, task.unit, images, labels))
         receipt = Receipt(written, tuple(_digest(image) for image in images))
@@ -120,7 +119,7 @@ class SampleWorker:
                 shape=manifest.shape,
                 labels=rule(indices, manifest.seed),
                 null_label=manifest.num_classes,
-                device=self._device,
+                device=self.device,
             )
             if not x.isfinite().all():
                 raise SamplingError(
@@ -134,20 +133,23 @@ class SampleWorker:
     def fingerprint(self) -> Fingerprint:
         """What this worker's images depend on beside the job's settings."""
         return Fingerprint(
-            device=device_kind(self._device), threads=torch.get_num_threads(), torch=str(torch.__version__)
+            device=device_kind(self.device),
+            threads=torch.get_num_threads(),
+            torch=str(torch.__version__),
+            numerics=devices.fingerprint(self.device) or None,
         )
 
     def _refuse_unless_alike(self, wanted: Fingerprint) -> None:
         here = self.fingerprint()
-        if here != wanted:
+        if not here.alike(wanted):
             raise WorkerRefusedError(f"it would make other images: this job is fixed to {wanted}, it has {here}")
 
     def network(self, url: str, precision: str) -> tuple[Network, GaussianDiffusion]:
         key = (url, precision)
         if key not in self._networks:
             unet, diffusion = snapshot.load_snapshot(url)
-            unet = unet.to(self._device, DTYPES[precision]).eval().requires_grad_(False)
-            call = captured(unet, self._device)
+            unet = unet.to(self.device, DTYPES[precision]).eval().requires_grad_(False)
+            call = captured(unet, self.device)
 
             def network(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
                 return call(x, t, labels).float()
@@ -164,18 +166,18 @@ class SampleWorker:
     def _largest_batch(self, network: Network, info: dict[str, Any], settings: SamplingConfig, bound: int) -> int:
         """The largest power of two, up to the bound, whose evaluation fits MEMORY_SHARE of the free memory."""
         bound = min(MAX_BATCH, bound, settings.unit_size)
-        free = _free_bytes(self._device)
+        free = _free_bytes(self.device)
         batch = 1
         while True:
             shape = (batch * (2 if settings.guidance_scale != 1 else 1), info["channels"], *[info["image_size"]] * 2)
             labels = None if info["num_classes"] is None else torch.zeros(shape[0], dtype=torch.long)
-            labels = labels.to(self._device) if labels is not None else None
-            before = _used_bytes(self._device)
+            labels = labels.to(self.device) if labels is not None else None
+            before = _used_bytes(self.device)
             try:
-                network(torch.zeros(shape, device=self._device), torch.zeros(shape[0], device=self._device), labels)
+                network(torch.zeros(shape, device=self.device), torch.zeros(shape[0], device=self.device), labels)
             except torch.cuda.OutOfMemoryError:
                 return max(1, batch // 2)
-            used = _peak_bytes(self._device) - before
+            used = _peak_bytes(self.device) - before
             if 2 * batch > bound or 2 * used > MEMORY_SHARE * free:
                 return batch
             batch *= 2
@@ -184,7 +186,7 @@ class SampleWorker:
 def device_kind(device: torch.device) -> str:
     """`cpu AVX512 bf16`, `cuda NVIDIA A100-SXM4-80GB`: what decides which kernels run."""
     if device.type == "cuda":
-        return f"cuda {torch.cuda.get_device_name(device)}"
+        return f"cuda {devices.name(device)}"
     extensions = {"bf16": torch.cpu._is_avx512_bf16_supported, "amx": torch.cpu._is_amx_tile_supported}
     return " ".join(
         ["cpu", torch.backends.cpu.get_cpu_capability(), *(n for n, there in extensions.items() if there())]

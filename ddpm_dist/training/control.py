@@ -32,28 +32,43 @@ class Shared:
 
 
 class Control:
-    """One asynchronous all-reduce a step, over gloo also where the gradients go over NCCL."""
+    """One asynchronous all-reduce a step, on the device where the losses are: nothing waits for it there.
+
+    On CUDA the sums go to pinned host memory behind the reduction, and are read a step later, when they are there.
+    """
 
     def __init__(self, world: World) -> None:
-        self._group = dist.new_group(backend="gloo") if world.size > 1 and world.backend != "gloo" else None
         self._world = world
         self._values: Tensor | None = None
         self._work: dist.Work | None = None
+        self._arrived: torch.cuda.Event | None = None
 
     def tell(self, loss: Tensor, t: Tensor, timesteps: int, bad_samples: int, stop: bool, preempted: bool) -> None:
-        """Starts the reduction of this step. loss, t: [B/W] on any device."""
-        loss = loss.detach().double().cpu()
-        sums, counts = quartile_means(t.cpu(), loss, timesteps)
-        head = torch.tensor([loss.sum(), loss.numel(), bad_samples, stop, preempted], dtype=torch.float64)
-        self._values = torch.cat((head, sums, counts))
+        """Starts the reduction of this step. loss: [B/W] on the world's device. t: [B/W] in host memory."""
+        loss = loss.detach().double()
+        sums, counts = quartile_means(t.to(loss.device, non_blocking=True), loss, timesteps)
+        head = torch.tensor([loss.numel(), bad_samples, stop, preempted], dtype=torch.float64)
+        values = torch.cat((loss.sum().view(1), head.to(loss.device, non_blocking=True), sums, counts))
         if self._world.size > 1:
-            self._work = dist.all_reduce(self._values, group=self._group, async_op=True)
+            self._work = dist.all_reduce(values, async_op=True)
+        self._values = self._sent_to_host(values) if values.is_cuda else values
+
+    def _sent_to_host(self, values: Tensor) -> Tensor:
+        if self._work is not None:
+            self._work.wait()  # with NCCL, this makes the stream wait, not the host
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host.copy_(values, non_blocking=True)
+        self._arrived = torch.cuda.Event()
+        self._arrived.record()
+        return host
 
     def hear(self) -> Shared | None:
         """What was told at the last step, over all ranks; None at the first."""
         if self._values is None:
             return None
-        if self._work is not None:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        elif self._work is not None:
             self._work.wait()
         values, self._values, self._work = self._values.tolist(), None, None
         loss_sum, images, bad, stop, preempted = values[:HEAD]

@@ -44,12 +44,12 @@ def ray_worker(arguments: dict[str, Any], token: str, preempted: Callable[[], bo
     """One rank under Ray Train. arguments: {"config": resolved YAML}. preempted: see `Training`."""
     cli.setup_logging()
     cfg = parse_config(arguments["config"])
-    _train(Training(cfg, init_world(threads=cfg.threads), token, preempted))
+    _train(Training(cfg, init_world(cfg.cluster), token, preempted))
 
 
 def deepspeed_worker(cfg: Config) -> World:
     """One rank under DeepSpeed's launcher, or alone; rank 0 makes the checks for all."""
-    world = init_world(threads=cfg.threads)
+    world = init_world(cfg.cluster)
     token, done, error = run_folder.new_token(), False, None
     if world.is_first:
         try:

@@ -57,7 +57,7 @@ class Training:
         self.ema = Ema(self.engine.pieces(), cfg)
         learns_t = cfg.diffusion.t_sampling == "loss_second_moment"
         self.history = LossHistory(cfg.diffusion.timesteps) if learns_t else None
-        self.loader = Loader(cfg, world.rank, world.size)
+        self.loader = Loader(cfg, world.rank, world.size, pinned=world.device.type == "cuda")
         self.store = StateStore(cfg, world, partial(run_folder.steps_to_keep, cfg))
         self.goodput = Goodput()
         self.control = Control(world)
@@ -238,7 +238,7 @@ class Training:
                 "checkpoint/failed_saves": self.store.failed_saves,
                 "progress/images_seen": self.step * self.cfg.train.global_batch,
                 "progress/epoch": self.loader.epoch(self.step),
-                **memory_gib(),
+                **memory_gib(self.world.device),
                 **self._arithmetic(images_per_second),
             },
             self.step,

@@ -255,11 +255,11 @@ def read_events(run_url: str) -> Events:
     )
 
 
-def memory_gib() -> dict[str, float]:
+def memory_gib(device: torch.device) -> dict[str, float]:
     """Peak memory of this rank's process and, on CUDA, of its device, in GiB."""
     peak = {"memory/host_GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
-    if torch.cuda.is_available():
-        peak["memory/device_GiB"] = torch.cuda.max_memory_allocated() / 2**30
+    if device.type == "cuda":
+        peak["memory/device_GiB"] = torch.cuda.max_memory_allocated(device) / 2**30
     return peak
 
 

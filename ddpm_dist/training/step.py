@@ -38,7 +38,7 @@ class StepResult:
     """What one rank saw in a step."""
 
     t: Tensor
-    """[B/W] int64, the diffusion times."""
+    """[B/W] int64, the diffusion times, in host memory."""
     loss: Tensor
     """[B/W] float32, the loss of each image before the mean, on the device."""
     report: StepReport
@@ -59,14 +59,16 @@ def training_step(
     """Algorithm 1 of Ho et al. 2020 for step `step`, from 0.
 
     images: [B/W, C, H, W] uint8, the places [rB/W, (r+1)B/W) of the global batch. labels: [B/W] int64 or None.
-    t and eps of the image at place p depend on (seed, step, p) alone, not on the number of ranks.
+    t and eps of the image at place p depend on (seed, step, p) alone, not on the number of ranks. Times and dropped
+    classes are drawn on the host; the device is read once, for the decision of the gradient's norm.
     """
     seed, batch = cfg.run.seed, cfg.train.global_batch
     with clock.phase("forward"):
-        places = torch.arange(world.rank * plan.share, (world.rank + 1) * plan.share, device=world.device)
-        image_numbers = places + step * batch
+        places = torch.arange(world.rank * plan.share, (world.rank + 1) * plan.share)
         x_start = to_model_range(images.to(world.device, non_blocking=True))
-        t, weight = draw_t(cfg.diffusion, seed, step, places, batch, history, device=world.device)
+        drawn, weight = draw_t(cfg.diffusion, seed, step, places, batch, history)
+        t, weight = (one.to(world.device, non_blocking=True) for one in (drawn, weight))
+        image_numbers = (places + step * batch).to(world.device, non_blocking=True)
         eps = rng.normal(seed, Purpose.EPS, image_numbers, x_start.shape[1:])
         y = _classes(labels, places, step, cfg, world)
         if cfg.model.dropout:
@@ -84,7 +86,7 @@ def training_step(
         losses.append(found.loss.detach())
     with clock.phase("step"):
         report = engine.step(lr_at(cfg.train, step))
-    return StepResult(t, torch.cat(losses), report)
+    return StepResult(drawn, torch.cat(losses), report)
 
 
 def _classes(labels: Tensor | None, places: Tensor, step: int, cfg: Config, world: World) -> Tensor | None:
@@ -92,10 +94,9 @@ def _classes(labels: Tensor | None, places: Tensor, step: int, cfg: Config, worl
     null, probability = cfg.model.num_classes, cfg.diffusion.label_dropout
     if labels is None or null is None:
         return None
-    labels = labels.to(world.device, non_blocking=True)
-    if not probability:
-        return labels
-    return drop_labels(labels, null, probability, cfg.run.seed, step, places, cfg.train.global_batch)
+    if probability:
+        labels = drop_labels(labels, null, probability, cfg.run.seed, step, places, cfg.train.global_batch)
+    return labels.to(world.device, non_blocking=True)
 
 
 def _nan_unless_finite(loss: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ddpm_dist import storage
@@ -22,6 +21,7 @@ class StepTrace:
 
     def __init__(self, cfg: Config, world: World) -> None:
         self._steps = cfg.logging.profile_steps if world.is_first else None
+        self._on_cuda = world.device.type == "cuda"
         self._folder = storage.join(cfg.run.url, "profiles")
         self._profile: profile | None = None
 
@@ -30,7 +30,7 @@ class StepTrace:
         """What happens inside belongs to this step."""
         if self._steps is not None and step == self._steps[0]:
             activities = [ProfilerActivity.CPU]
-            if torch.cuda.is_available():
+            if self._on_cuda:
                 activities.append(ProfilerActivity.CUDA)
             self._profile = profile(activities=activities)
             self._profile.start()

@@ -38,7 +38,7 @@ class InProcess:
     """Stands in for the pool: three workers in this process, each task at another one, the last tasks first."""
 
     def __init__(self) -> None:
-        self.workers = [EvaluationWorker(1, "cpu") for _ in range(3)]
+        self.workers = [EvaluationWorker(ClusterConfig()) for _ in range(3)]
         self.alive = 3
         self.tasks: list[object] = []
 

@@ -28,7 +28,7 @@ class Here:
     alive = 1
 
     def __init__(self) -> None:
-        self._worker = SampleWorker(1, "cpu")
+        self._worker = SampleWorker(ClusterConfig())
 
     def map(self, tasks: Iterator[object]) -> Iterator[Done]:
         for task in tasks:

@@ -17,7 +17,7 @@ from tests.integration import loop_ranks
 def recorded(arguments: dict[str, Any], token: str, folder: str) -> None:
     """A rank under Ray."""
     cfg = parse_config(arguments["config"])
-    loop_ranks.install(init_world(threads=cfg.threads), cfg.run.url, loop_ranks.Faults(record=folder))
+    loop_ranks.install(init_world(cfg.cluster), cfg.run.url, loop_ranks.Faults(record=folder))
     ray_worker(arguments, token, preemption_announced)
 
 

@@ -37,7 +37,7 @@ class InProcess:
     """Stands in for the pool: workers in this process, in turns."""
 
     def __init__(self, workers: int = 2) -> None:
-        self.workers = [SampleWorker(1, "cpu") for _ in range(workers)]
+        self.workers = [SampleWorker(ClusterConfig()) for _ in range(workers)]
         self.alive = workers
         self.tasks: list[object] = []
 

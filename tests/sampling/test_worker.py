@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ddpm_dist import snapshot, storage
-from ddpm_dist.config import SamplingConfig
+from ddpm_dist.config import ClusterConfig, SamplingConfig
 from ddpm_dist.data import writer
 from ddpm_dist.data.index import ShardInfo
 from ddpm_dist.diffusion.samplers import sample
@@ -34,7 +34,7 @@ def manifest_for(url: str, worker: SampleWorker, **changes: object) -> Manifest:
 
 @pytest.fixture
 def worker() -> SampleWorker:
-    return SampleWorker(1, "cpu")
+    return SampleWorker(ClusterConfig())
 
 
 def test_images_are_those_of_the_sampler(worker: SampleWorker, tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_images_are_those_of_the_sampler(worker: SampleWorker, tmp_path: Path) -
 def test_a_unit_twice_writes_the_same_bytes(worker: SampleWorker, tmp_path: Path) -> None:
     url = make_snapshot(f"file://{tmp_path}/snapshot", num_classes=3)
     text = manifest_for(url, worker).model_dump_json()
-    again = SampleWorker(1, "cpu")
+    again = SampleWorker(ClusterConfig())
     for out, who in (("a", worker), ("b", again)):
         for unit in [Unit(0, 8), Unit(16, 20), Unit(8, 16)][:: 1 if out == "a" else -1]:
             who(UnitTask(f"file://{tmp_path}/{out}", text, unit))

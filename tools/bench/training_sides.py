@@ -94,7 +94,7 @@ def _main(pipe: Any, train: Train, rank: int, size: int, port: int, core: int, c
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
     torch.set_num_threads(1)
-    train(init_world(threads=1), cfg, steps, Turns(pipe))
+    train(init_world(), cfg, steps, Turns(pipe))
 
 
 # Ours

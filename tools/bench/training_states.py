@@ -12,7 +12,8 @@ import torch
 
 from ddpm_dist import snapshot
 from ddpm_dist.config import Config
-from ddpm_dist.engine.engine import MAX_BUCKET_ELEMENTS, PERSISTENT_ELEMENTS, Engine
+from ddpm_dist.engine.engine import Engine
+from ddpm_dist.engine.start import MAX_BUCKET_ELEMENTS, PERSISTENT_ELEMENTS
 from ddpm_dist.engine.world import World, init_world
 from ddpm_dist.recipe import load_config
 from ddpm_dist.state.store import StateStore
@@ -137,7 +138,7 @@ def _rank(results: Any, function: Any, rank: int, size: int, port: int, cfg: Con
         os.sched_setaffinity(0, {core})
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
-    results.put(function(init_world(threads=1), cfg))
+    results.put(function(init_world(), cfg))
 
 
 def _config(url: str, channels: int, *overrides: str) -> Config:

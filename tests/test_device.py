@@ -1,0 +1,116 @@
+"""The decision about the device, on machines that a faked `torch.cuda` describes."""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddpm_dist import device as devices
+from ddpm_dist.config import ClusterConfig
+from ddpm_dist.errors import ConfigError
+from ddpm_dist.sampling.plan import Fingerprint
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Set the first number to that of visible GPUs; the others are the devices that were chosen."""
+    found = [2]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: found[0] > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: found[0])
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: found.append(torch.device(device).index))
+    for name in ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG"):
+        monkeypatch.setenv(name, "before")
+        monkeypatch.delenv(name)
+    kept = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    yield found
+    torch.set_num_threads(kept[0])
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = kept[1:]
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    torch.use_deterministic_algorithms(False)
+
+
+def test_no_gpus_are_asked_for_and_none_is_taken(gpus: list[int]) -> None:
+    cluster = ClusterConfig(cpus_per_worker=2)
+    device = devices.select(cluster.gpus_per_worker, 1)
+    devices.set_up(device, cluster)
+    assert device == CPU
+    assert os.environ["DS_ACCELERATOR"] == "cpu"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "", "libraries that look for themselves find none"
+    assert torch.get_num_threads() == 2
+    assert gpus == [2], "no device was set"
+
+
+@pytest.mark.parametrize(("there", "local_rank", "index"), [(2, 0, 0), (2, 1, 1), (1, 0, 0), (1, 3, 0)])
+def test_a_gpu_by_the_rank_on_the_node(gpus: list[int], there: int, local_rank: int, index: int) -> None:
+    gpus[0] = there
+    device = devices.select(1, local_rank)
+    assert device == torch.device("cuda", index)
+
+
+@pytest.mark.parametrize(
+    ("there", "local_rank", "message"),
+    [
+        (0, 0, r"gpus_per_worker: 1, but process 0 on \S+ sees no GPU.*set cluster\.gpus_per_worker=0"),
+        (2, 2, r"process 2 on \S+ sees 2 GPUs"),
+    ],
+)
+def test_missing_gpus_are_said(gpus: list[int], there: int, local_rank: int, message: str) -> None:
+    gpus[0] = there
+    with pytest.raises(ConfigError, match=message):
+        devices.select(1, local_rank)
+
+
+@pytest.mark.parametrize("number", [0.5, 2, 1.5])
+def test_training_takes_whole_gpus_one_by_one(number: float) -> None:
+    with pytest.raises(ConfigError, match=rf"gpus_per_worker: {number:g}: a training process computes on one GPU"):
+        devices.check_training(ClusterConfig(gpus_per_worker=number))
+    for right in (0, 1):
+        devices.check_training(ClusterConfig(gpus_per_worker=right))
+
+
+def test_half_a_gpu_is_right_for_sampling(gpus: list[int]) -> None:
+    assert devices.select(0.5) == torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("tf32", [True, False])
+def test_how_exactly_a_gpu_computes(gpus: list[int], deterministic: bool, tf32: bool) -> None:
+    cluster = ClusterConfig(gpus_per_worker=1, deterministic=deterministic, tf32=tf32)
+    devices.set_up(torch.device("cuda", 1), cluster)
+    assert torch.are_deterministic_algorithms_enabled() == deterministic
+    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if deterministic else None)
+    assert not torch.backends.cudnn.benchmark
+    assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == tf32
+    assert os.environ["DS_ACCELERATOR"] == "cuda"
+    assert gpus[1:] == [1]
+    found = devices.fingerprint(torch.device("cuda", 1))
+    assert (found["deterministic"], found["tf32"]) == (deterministic, tf32)
+    assert devices.fingerprint(CPU) == {}, "states and manifests of a CPU are what they were"
+
+
+def test_workers_are_alike_by_what_is_known_of_both() -> None:
+    numerics = {"cuda": "13.0", "cudnn": 91002, "deterministic": True, "tf32": False}
+    here = Fingerprint(device="cuda H100", threads=1, torch="2.13", numerics=numerics)
+    assert here.alike(here)
+    assert here.alike(here.model_copy(update={"numerics": None})), "a manifest of 0.1.0 doesn't say"
+    assert not here.alike(here.model_copy(update={"numerics": {**numerics, "tf32": True}}))
+    assert not here.alike(here.model_copy(update={"torch": "2.12", "numerics": None}))
+    cpu = Fingerprint(device="cpu", threads=1, torch="2.13")
+    assert "numerics" not in cpu.model_dump(mode="json"), "manifests of a CPU are what they were"
+
+
+def test_nothing_else_asks_for_cuda() -> None:
+    asking = re.compile(
+        r"cuda\.(is_available|device_count|set_device|is_initialized)|allow_tf32|cudnn\.|DS_ACCELERATOR"
+    )
+    for path in sorted((ROOT / "ddpm_dist").rglob("*.py")):
+        if path.name != "device.py":
+            found = asking.search(path.read_text())
+            assert found is None or path.name == "train.py", f"{path.relative_to(ROOT)}: {found and found[0]}"
