@@ -10,8 +10,8 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "ddpm_dist/__init__.py").re
 
 INSTALL = [
     "torch>=2.13,<2.14",
-    "deepspeed==0.19.8",  # its optimizer classes are touched in ddpm_dist/distributed
-    "ray[default,train,data]==2.60.0",  # its scaling policy is touched in ddpm_dist/distributed
+    "deepspeed==0.19.8",  # its optimizer classes are touched in ddpm_dist/engine
+    "ray[default,train,data]==2.60.0",  # its scaling policy is touched in ddpm_dist/cluster
     "webdataset==1.0.2",
     "tensorboard>=2.21",
     "fsspec>=2026.9",
@@ -46,9 +46,21 @@ EXTRAS = {
     # For diffusers' training example. Other peers of tools/bench (mosaicml-streaming, litdata, lucidrains'
     # library) don't install beside ours: the tools say how to make an environment for them.
     "bench": ["accelerate>=1.15"],
-    "dev": ["ruff>=0.17", "mypy>=2.4", "types-PyYAML", "py-spy"],
+    "dev": ["ruff>=0.17", "mypy>=2.4", "types-PyYAML", "py-spy", "build>=1.3"],
     # Not beside the others: with torch-fidelity but without a working torchvision, torchmetrics doesn't import.
     "fid": ["torchvision>=0.28,<0.29", "torch-fidelity>=0.4"],
+}
+
+# What a person types; launch/ and tools/ call the same functions.
+PROGRAMS = {
+    "ddpm-train": "train",
+    "ddpm-train-deepspeed": "train_deepspeed",
+    "ddpm-sample": "sample",
+    "ddpm-evaluate": "evaluate",
+    "ddpm-shards": "shards",
+    "ddpm-inspect": "inspect",
+    "ddpm-convert": "convert_weights",
+    "ddpm-posthoc-ema": "posthoc_ema",
 }
 
 setup(
@@ -59,7 +71,12 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_namespace_packages(include=["ddpm_dist", "ddpm_dist.*"]),
+    packages=[*find_namespace_packages(include=["ddpm_dist", "ddpm_dist.*"]), "ddpm_dist.configs"],
+    package_dir={"ddpm_dist.configs": "configs"},  # the one copy of the recipes; ddpm_dist.recipe.recipes finds it
+    package_data={"ddpm_dist.configs": ["*.yaml"]},
+    entry_points={
+        "console_scripts": [f"{name} = ddpm_dist.commands.scripts:{call}" for name, call in PROGRAMS.items()]
+    },
     install_requires=INSTALL,
     extras_require=EXTRAS,
 )

@@ -1,6 +1,7 @@
 """What every command shares: `--config FILE key=value …`, and errors as one message without a traceback."""
 
 import argparse
+import importlib
 import logging
 import os
 import sys
@@ -9,8 +10,9 @@ from typing import Any
 
 from ddpm_dist import interrupt
 from ddpm_dist.config import Config, check_url
-from ddpm_dist.errors import DdpmDistError, without_url_secrets
-from ddpm_dist.recipe import dump_config, load_config
+from ddpm_dist.errors import ConfigError, DdpmDistError, without_url_secrets
+from ddpm_dist.packages import absent
+from ddpm_dist.recipe import dump_config, load_config, recipes
 
 EXIT_ERROR = 1
 
@@ -18,10 +20,22 @@ EXIT_ERROR = 1
 def config_parser(description: str) -> argparse.ArgumentParser:
     """A parser with `--config`, `--print-config` and overrides."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument("--config", required=True, action=Once, metavar="FILE", help="a recipe: configs/digits.yaml")
+    config_option(parser, "of the run", required=True)
     parser.add_argument("--print-config", action="store_true", help="show the resolved configuration and leave")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser
+
+
+def config_option(parser: argparse.ArgumentParser, what_for: str, required: bool = False) -> None:
+    """`--config`, the same in each command; what_for: what the recipe is that of."""
+    names = ", ".join(recipes())
+    parser.add_argument(
+        "--config",
+        required=required,
+        action=Once,
+        metavar="RECIPE",
+        help=f"recipe {what_for}: a file, or one of {names}",
+    )
 
 
 def config_from(args: argparse.Namespace) -> Config:
@@ -33,15 +47,32 @@ def config_from(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def run(main: Callable[[Sequence[str] | None], None]) -> None:
+Main = Callable[[Sequence[str] | None], None]
+
+
+def load(module: str) -> Main:
+    """`main` of a command's module; what its packages lack is said by `run`."""
+    try:
+        main: Main = importlib.import_module(module).main
+    except ModuleNotFoundError as error:
+        lacking = error
+
+        def main(argv: Sequence[str] | None) -> None:
+            raise lacking
+
+    return main
+
+
+def run(main: Main) -> None:
     """Calls `main(None)` as a command: user errors become one line on stderr and exit code 1.
 
-    With DDPM_DIST_TRACEBACK=1 in the environment, the traceback is shown as well.
+    A package that isn't installed is one of them. With DDPM_DIST_TRACEBACK=1 in the environment, the traceback is shown
+    as well.
     """
     interrupt.restore()
     setup_logging()
     try:
-        main(None)
+        _explaining_absent_packages(main)
     except DdpmDistError as error:
         if os.environ.get("DDPM_DIST_TRACEBACK") == "1":
             logging.exception("traceback, as DDPM_DIST_TRACEBACK=1 asks")
@@ -50,6 +81,16 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
     except KeyboardInterrupt:
         print(interrupt.MESSAGE.decode(), end="", file=sys.stderr, flush=True)
         sys.exit(interrupt.EXIT_CODE)
+
+
+def _explaining_absent_packages(main: Main) -> None:
+    try:
+        main(None)
+    except ModuleNotFoundError as error:
+        explained = absent(error)
+        if explained is None:
+            raise
+        raise ConfigError(explained) from error
 
 
 def url(text: str) -> str:

@@ -55,17 +55,36 @@ for _tag, _pattern in (("float", _NUMBER), ("int", _WHOLE)):
     _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, list("-+.0123456789"))
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Config of a YAML file with `section.key=value` overrides; raises ConfigError naming key, value, remedy."""
+def recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name: of an installed one, or configs/ of a checkout."""
+    package = Path(__file__).resolve().parent
+    folder = next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), package)
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Config of a recipe with `section.key=value` overrides; raises ConfigError naming key, value, remedy.
+
+    recipe: path of a YAML file, or the name of one that comes with the package, such as cifar10.
+    """
+    named = recipes().get(str(recipe))
+    if named is not None and Path(recipe).is_file():
+        raise ConfigError(
+            f"--config {recipe}: a recipe's name, and a file here; write ./{recipe}, or for the recipe {named}"
+        )
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = (named or Path(recipe)).read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise ConfigError(f"--config {path}: not a text file (UTF-8)") from None
+        raise ConfigError(f"--config {recipe}: not a text file (UTF-8)") from None
     except IsADirectoryError:
-        raise ConfigError(f"--config {path}: a folder; name a file, such as configs/digits.yaml") from None
+        raise ConfigError(f"--config {recipe}: a folder; name a file, or {_shipped()}") from None
     except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror or error}; the recipes are in configs/") from None
-    return parse_config(text, overrides, source=str(path))
+        raise ConfigError(f"--config {recipe}: {error.strerror or error}; name a file, or {_shipped()}") from None
+    return parse_config(text, overrides, source=str(recipe))
+
+
+def _shipped() -> str:
+    return f"one of the recipes {', '.join(recipes())}"
 
 
 def parse_config(text: str, overrides: Iterable[str] = (), source: str = "config") -> Config:
@@ -156,7 +175,8 @@ def _explain(error: Any) -> tuple[str, str]:
         if location[-1].isdigit():
             return f"{'.'.join(location[:-1])}: ", f"{location[-1]} values are too few"
         if len(location) == 1:
-            return f"{key}: ", "this section is missing, and some of its keys have no default; see configs/digits.yaml"
+            example = recipes().get("digits", "a recipe")
+            return f"{key}: ", f"this section is missing, and some of its keys have no default; see {example}"
         return f"{key}: ", f"missing, and it has no default; give it in the file or as {key}=VALUE"
     message = "Input should be a list such as [1, 4]" if error["type"] == "tuple_type" else error["msg"]
     message = message.removeprefix("Value error, ")

@@ -1,7 +1,9 @@
 """ddpm_dist.cli, as commands see it: exit codes, one line of error, no traceback."""
 
 import argparse
+import ast
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ddpm_dist import cli
+from ddpm_dist.commands import scripts
 from ddpm_dist.recipe import parse_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,14 +140,74 @@ def test_programs_are_thin(script: Path) -> None:
 
 
 def test_programs_load_nothing_before_they_begin() -> None:
-    code = "import sys\nfrom ddpm_dist.commands import scripts\nprint(*[n for n in sys.modules if 'ddpm' in n])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
-    assert done.stdout.split() == [
-        "ddpm_dist",
-        "ddpm_dist.commands",
-        "ddpm_dist.commands.scripts",
-        "ddpm_dist.interrupt",
-    ]
+    """-S leaves out what an editable install loads of its own at the start of each Python."""
+    code = "import sys\nfrom ddpm_dist.commands import scripts\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    others = {name for name in done.stdout.split() if name.partition(".")[0] not in sys.stdlib_module_names}
+    ours = {"ddpm_dist", "ddpm_dist.commands", "ddpm_dist.commands.scripts", "ddpm_dist.interrupt"}
+    assert others - {"__main__"} == ours, done.stderr
+
+
+def test_every_program_is_installed_and_says_what_it_is() -> None:
+    """setup.py's console scripts are the functions of `scripts`, under the names that a person finds in all texts."""
+    programs = installed_programs()
+    assert {name.removeprefix("ddpm-"): getattr(scripts, call) for name, call in programs.items()} == scripts.PROGRAMS
+    one_word = {*scripts.SHARDS.values(), *scripts.INSPECT.values()} | set(scripts.PROGRAMS.values())
+    assert {path.stem for path in PROGRAMS} <= {call.__name__ for call in one_word}
+
+
+def test_texts_name_programs_and_recipes_that_there_are() -> None:
+    """Right from a checkout and from a wheel: no path of a script or recipe, and no program that nobody installs."""
+    words, wrong = {"ddpm-shards": scripts.SHARDS, "ddpm-inspect": scripts.INSPECT}, []
+    for path in [*(ROOT / "ddpm_dist").rglob("*.py"), *(ROOT / "configs").glob("*.yaml")]:
+        text = path.read_text()
+        wrong += [f"{path}: {found}" for found in re.findall(r"\b(?:tools|launch)/\w+\.py|configs/[\w-]+\.yaml", text)]
+        for name, word in re.findall(r"(?<![\w/-])(ddpm-[a-z]+(?:-[a-z]+)*)(?![\w-])(?: (\w+))?", text):
+            if name not in installed_programs() or (word and name in words and word not in words[name]):
+                wrong.append(f"{path}: {name} {word}")
+    assert not wrong
+
+
+def installed_programs() -> dict[str, str]:
+    """{program: function of `scripts`}, as setup.py has it."""
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    assigned = {node.targets[0].id: node.value for node in tree.body if isinstance(node, ast.Assign)}
+    return dict(ast.literal_eval(assigned["PROGRAMS"]))
+
+
+@pytest.mark.parametrize(
+    ("start", "words", "command", "program"),
+    [
+        (scripts.shards, ["make", "digits"], "make_shards", "ddpm-shards make"),
+        (scripts.inspect, ["batch", "digits"], "inspect_batch", "ddpm-inspect batch"),
+        (scripts.by_name, ["train-deepspeed", "digits"], "train_deepspeed", "ddpm-train-deepspeed"),
+        (scripts.by_name, ["shards", "index", "digits"], "index_shards", "ddpm-shards index"),
+    ],
+)
+def test_the_first_word_names_the_command(
+    start: Callable[[], None], words: list[str], command: str, program: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(scripts, "_run", ran.append)
+    monkeypatch.setattr(sys, "argv", ["/bin/x", *words])
+    start()
+    assert (ran, sys.argv) == ([command], [program, "digits"])
+
+
+@pytest.mark.parametrize(
+    ("words", "code"), [(["shards"], 2), (["shards", "mak"], 2), ([], 2), (["sampel"], 2), (["--help"], 0)]
+)
+def test_an_unknown_word_says_which_there_are(words: list[str], code: int, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ddpm_dist.commands", *words],
+        capture_output=True, text=True, timeout=120, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == code
+    said, other = (done.stderr, done.stdout) if code else (done.stdout, done.stderr)
+    assert other == ""
+    names = "ddpm-shards make|index|verify" if words[:1] == ["shards"] else "ddpm_dist.commands train|train-deepspeed|"
+    assert names in said
+    assert said.startswith("usage: ")
 
 
 def test_what_imports_a_command_keeps_its_ctrl_c() -> None:

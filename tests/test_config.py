@@ -37,7 +37,7 @@ def test_every_recipe_is_valid_and_its_head_says_how_to_run_it(path: Path) -> No
     load_config(path, URLS)
     head = path.read_text().split("\nrun:")[0]
     assert all(line.startswith("#") for line in head.splitlines())
-    assert "make demo" in head or f"launch/train.py --config configs/{path.name}" in head
+    assert "make demo" in head or f"ddpm-train --config {path.stem} " in head
     assert "Cost" in head
 
 

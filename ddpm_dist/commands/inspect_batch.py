@@ -1,6 +1,6 @@
 """Shows the samples of one global batch: what to look at behind a loss spike.
 
-    tools/inspect_batch.py s3://bucket/digits --seed 0 --global-batch 128 --world 2 --step 1234
+    ddpm-inspect batch s3://bucket/digits --seed 0 --global-batch 128 --world 2 --step 1234
 
 prints {"step": 1234, "epoch": 88, "ranks": [[key, …], …]}. Nothing is replayed. A sample that can't be decoded is
 named on stderr, and the key of the one that the training took instead stands at its place. --streams,

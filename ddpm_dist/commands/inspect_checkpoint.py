@@ -1,10 +1,10 @@
 """Training states, looked at without DeepSpeed: list, verify, compare, extract.
 
-    python tools/inspect_checkpoint.py list s3://bucket/runs/digits
-    python tools/inspect_checkpoint.py show s3://bucket/runs/digits/checkpoints/000001000-0001
-    python tools/inspect_checkpoint.py verify STATE            every byte of it
-    python tools/inspect_checkpoint.py compare STATE OTHER     tensor by tensor, at any two world sizes
-    python tools/inspect_checkpoint.py extract STATE weights.safetensors --kind ema
+    ddpm-inspect checkpoint list s3://bucket/runs/digits
+    ddpm-inspect checkpoint show s3://bucket/runs/digits/checkpoints/000001000-0001
+    ddpm-inspect checkpoint verify STATE            every byte of it
+    ddpm-inspect checkpoint compare STATE OTHER     tensor by tensor, at any two world sizes
+    ddpm-inspect checkpoint extract STATE weights.safetensors --kind ema
 
 STATE is the URL of a state, or of a run for its newest valid one.
 """

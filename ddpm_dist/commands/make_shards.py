@@ -1,11 +1,11 @@
 """Writes a data set: WebDataset shards and their index, at any URL.
 
-    tools/make_shards.py digits s3://bucket/digits
-    tools/make_shards.py fashion-mnist --split test file:///data/fashion-test
-    tools/make_shards.py emoji --split heldout s3://bucket/emoji-heldout
-    tools/make_shards.py cifar10 cifar-10-python.tar.gz s3://bucket/cifar10
-    tools/make_shards.py folder photos --size 256 --format jpeg s3://bucket/photos256
-    tools/make_shards.py parquet s3://bucket/imagenet-parquet --size 256 --ray 64 s3://bucket/imagenet256
+    ddpm-shards make digits s3://bucket/digits
+    ddpm-shards make fashion-mnist --split test file:///data/fashion-test
+    ddpm-shards make emoji --split heldout s3://bucket/emoji-heldout
+    ddpm-shards make cifar10 cifar-10-python.tar.gz s3://bucket/cifar10
+    ddpm-shards make folder photos --size 256 --format jpeg s3://bucket/photos256
+    ddpm-shards make parquet s3://bucket/imagenet-parquet --size 256 --ray 64 s3://bucket/imagenet256
 
 Started again after a kill, it makes what is missing. It never overwrites.
 """

@@ -1,7 +1,7 @@
 """An average of any width, after the run, from the power averages that the run kept (ema.power).
 
-    python tools/posthoc_ema.py s3://bucket/runs/digits 0.08 s3://bucket/averages/digits-0.08
-    python tools/posthoc_ema.py RUN 0.08 OUT --step 40000
+    ddpm-posthoc-ema s3://bucket/runs/digits 0.08 s3://bucket/averages/digits-0.08
+    ddpm-posthoc-ema RUN 0.08 OUT --step 40000
 
 RUN/averages/power-<std>/<step>/ holds the stored averages as snapshots; OUT becomes one, to be sampled from
 and evaluated as any other.

@@ -1,7 +1,7 @@
 """Draws images from a snapshot, on all workers of a Ray cluster that are free.
 
-    ray job submit --working-dir . -- python launch/sample.py --config configs/digits.yaml --num-samples 1797
-    python launch/sample.py --snapshot s3://bucket/run/snapshots/000010000 --out s3://bucket/samples \
+    ray job submit -- ddpm-sample --config digits --num-samples 1797
+    ddpm-sample --snapshot s3://bucket/run/snapshots/000010000 --out s3://bucket/samples \
         --num-samples 50000 --workers 1:8 sampling.sampler=ddim sampling.steps=50 cluster.gpus_per_worker=1
 
 With --config, the snapshot is the run's newest and the images go to <run.url>/samples/. A job that is started again
@@ -53,9 +53,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config", action=cli.Once, metavar="FILE", help="recipe of the run; default: the one stored in the snapshot"
-    )
+    cli.config_option(parser, "of the run (default: the one stored in the snapshot)")
     parser.add_argument("--print-config", action="store_true", help="show the resolved configuration and leave")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
 

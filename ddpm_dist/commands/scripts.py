@@ -4,7 +4,6 @@ Nothing is imported before a program has begun, so that its packages load under 
 imports a script keeps its own.
 """
 
-import importlib
 import sys
 from collections.abc import Callable
 
@@ -15,7 +14,7 @@ def _run(command: str) -> None:
     interrupt.leave_quietly()
     from ddpm_dist import cli
 
-    cli.run(importlib.import_module(f"ddpm_dist.commands.{command}").main)
+    cli.run(cli.load(f"ddpm_dist.commands.{command}"))
 
 
 def train() -> None:
@@ -62,21 +61,44 @@ def posthoc_ema() -> None:
     _run("posthoc_ema")
 
 
+SHARDS = {"make": make_shards, "index": index_shards, "verify": verify_shards}
+INSPECT = {"batch": inspect_batch, "checkpoint": inspect_checkpoint}
+
+
 def shards() -> None:
     """`ddpm-shards make|index|verify …`."""
-    _run_one_of("ddpm-shards", {"make": make_shards, "index": index_shards, "verify": verify_shards})
+    _one_of("ddpm-shards", SHARDS)
 
 
 def inspect() -> None:
     """`ddpm-inspect batch|checkpoint …`."""
-    _run_one_of("ddpm-inspect", {"batch": inspect_batch, "checkpoint": inspect_checkpoint})
+    _one_of("ddpm-inspect", INSPECT)
 
 
-def _run_one_of(program: str, commands: dict[str, Callable[[], None]]) -> None:
+PROGRAMS = {
+    "train": train,
+    "train-deepspeed": train_deepspeed,
+    "sample": sample,
+    "evaluate": evaluate,
+    "shards": shards,
+    "inspect": inspect,
+    "convert": convert_weights,
+    "posthoc-ema": posthoc_ema,
+}
+"""What setup.py installs as `ddpm-NAME`."""
+
+
+def by_name() -> None:
+    """`python -m ddpm_dist.commands NAME …`, for who can't know whether the programs are installed."""
+    _one_of("python -m ddpm_dist.commands", PROGRAMS, lambda word: f"ddpm-{word}")
+
+
+def _one_of(program: str, commands: dict[str, Callable[[], None]], named: Callable[[str], str] | None = None) -> None:
+    """Runs the command that the first word names, with the others; named: the name that it then has in its help."""
     word = sys.argv[1] if len(sys.argv) > 1 else ""
     if word not in commands:
         asked = word in ("-h", "--help")
         print(f"usage: {program} {'|'.join(commands)} …  (each with --help)", file=sys.stdout if asked else sys.stderr)
         sys.exit(0 if asked else 2)
-    sys.argv[:2] = [f"{program} {word}"]
+    sys.argv[:2] = [named(word) if named else f"{program} {word}"]
     commands[word]()

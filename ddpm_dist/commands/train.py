@@ -1,4 +1,4 @@
-"""Trains on a Ray cluster: `ray job submit --working-dir . -- python launch/train.py --config FILE key=value …`.
+"""Trains on a Ray cluster: `ray job submit -- ddpm-train --config RECIPE key=value …`.
 
 Without a cluster (RAY_ADDRESS is not set) Ray is started on this machine alone.
 """

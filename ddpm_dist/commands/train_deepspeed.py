@@ -1,6 +1,6 @@
-"""Trains under DeepSpeed's launcher: `deepspeed [--hostfile FILE] launch/train_deepspeed.py --config FILE …`.
+"""Trains under DeepSpeed's launcher: `deepspeed [--hostfile FILE] "$(which ddpm-train-deepspeed)" --config RECIPE …`.
 
-Also alone, as `python launch/train_deepspeed.py --config FILE …`: one process on this machine.
+Also alone, as `ddpm-train-deepspeed --config RECIPE …`: one process on this machine.
 """
 
 from collections.abc import Sequence

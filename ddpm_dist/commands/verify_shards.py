@@ -1,6 +1,6 @@
 """Checks a data set against its index, and every image, and says what is wrong.
 
-tools/verify_shards.py s3://bucket/folder
+    ddpm-shards verify s3://bucket/folder
 
 Exit code 0: all is as the index says and every image decodes; 1: the lines printed say what isn't.
 """

@@ -41,7 +41,7 @@ class EvaluationConfig(Section):
     num_samples: Free[Positive] = 10000
     metrics: Free[Annotated[tuple[str, ...], Field(min_length=1)]] = ("frechet_pixel", "frechet_lite0")
     networks: Free[dict[str, Url]] = {}  # noqa: RUF012 - pydantic copies it
-    """Weights of feature networks by name, as `--network` of launch/evaluate.py: inception, or a TorchScript module."""
+    """Weights of feature networks by name, as `--network` of ddpm-evaluate: inception, or a TorchScript module."""
 
 
 def check_sampling(sampling: SamplingConfig, d: DiffusionConfig) -> None:

@@ -42,7 +42,7 @@ class EmaConfig(Section):
     warmup: bool = False
     """Decay min(decay, (1 + step) / (10 + step)), so that early steps don't weigh on the average."""
     power: tuple[Annotated[float, Field(gt=0, lt=0.28)], ...] = ()
-    """Relative widths of further power-function averages (EDM2), for tools/posthoc_ema.py."""
+    """Relative widths of further power-function averages (EDM2), for ddpm-posthoc-ema."""
 
 
 class ZeroConfig(Section):

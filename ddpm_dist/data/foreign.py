@@ -96,7 +96,7 @@ def _refuse_overwriting(url: str, tars: Mapping[str, int]) -> None:
         there = None
     if there is not None and INDEX_FORMAT.encode() in there[:200]:
         raise ConfigError(
-            f"{storage.redact(url)}: has an index already; tools/verify_shards.py checks it. To make another one, "
+            f"{storage.redact(url)}: has an index already; ddpm-shards verify checks it. To make another one, "
             f"delete {INDEX_NAME}"
         )
     if there is not None:

@@ -76,7 +76,7 @@ class SampleTable:
         start = len(TABLE_MAGIC) + 8
         count = int.from_bytes(data[len(TABLE_MAGIC) : start], "little")
         if not data.startswith(TABLE_MAGIC) or len(data) < start + count * ROW.itemsize:
-            raise ShardError(f"{name}: not a table of samples; make it again with tools/index_shards.py")
+            raise ShardError(f"{name}: not a table of samples; make it again with ddpm-shards index")
         return SampleTable(np.frombuffer(data, ROW, count, start), data[start + count * ROW.itemsize :])
 
 
@@ -194,8 +194,8 @@ def load_index(url: str, name: str | None = None) -> DataIndex:
             ) from None
         key = f"{name}: " if name else ""
         raise NotFoundError(
-            f"{key}{place}: {str(error).rpartition(': ')[2]}; tools/make_shards.py writes a data set, "
-            f"tools/index_shards.py indexes one that exists"
+            f"{key}{place}: {str(error).rpartition(': ')[2]}; ddpm-shards make writes a data set, "
+            f"ddpm-shards index indexes one that exists"
         ) from None
     try:
         values = json.loads(data)
@@ -208,7 +208,7 @@ def load_index(url: str, name: str | None = None) -> DataIndex:
     if index.content_id != content_id:
         raise DataError(f"{place}: altered: its content is {index.content_id}, it says {content_id}")
     if not index.num_samples:
-        raise DataError(f"{place}: the data set is empty; tools/make_shards.py writes one")
+        raise DataError(f"{place}: the data set is empty; ddpm-shards make writes one")
     return DataIndex(url, index.shards, index.schema, about)
 
 

@@ -99,7 +99,7 @@ class Loader:
             if bad and bad.total() > data.max_bad_fraction * max(seen, allowed_at_least):
                 raise BadSamplesError(
                     f"data.max_bad_fraction: {bad.total()} of {seen} samples couldn't be decoded ({dict(bad)}), more "
-                    f"than the share {data.max_bad_fraction}; tools/verify_shards.py lists them"
+                    f"than the share {data.max_bad_fraction}; ddpm-shards verify lists them"
                 )
             ready = [self._batch(part, dict(bad))]
             del part  # or each batch stays in memory until the next is made: 25 MB for 128 images of 256 pixels

@@ -31,7 +31,7 @@ OTHERS = {
     b"\x28\xb5\x2f\xfd": "compressed by zstd; shards are plain tars: unzstd",
     b"BZh91AY&SY": "compressed by bzip2; shards are plain tars: bunzip2",
     b"\xfd7zXZ\0": "compressed by xz; shards are plain tars: unxz",
-    b"PK\x03\x04": "a zip; shards are plain tars, tools/make_shards.py zip makes some of it",
+    b"PK\x03\x04": "a zip; shards are plain tars, ddpm-shards make zip makes some of it",
 }
 _META = re.compile(r"__[^/]*__($|/)")
 

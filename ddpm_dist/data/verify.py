@@ -52,7 +52,7 @@ def verify_shards(url: str, *, workers: int | None = None, decoded: bool = True)
         if name in left_out:
             log.info("verify_shards: left out when the set was indexed: %s", left_out[name])
         elif name.endswith(".tar") and name not in known and not tar.is_clutter(name):
-            problems.append(Problem(name, "is not in the index; to add it, index the set anew (tools/index_shards.py)"))
+            problems.append(Problem(name, "is not in the index; to add it, index the set anew (ddpm-shards index)"))
     return problems
 
 

@@ -141,7 +141,7 @@ def index_tar(name: str, data: bytes, label_field: str = "cls") -> tuple[Written
             sizes.append((height, width))
             formats[form] += 1
         except decode.BadSampleError:
-            pass  # the loader counts it by cause, tools/verify_shards.py names it
+            pass  # the loader counts it by cause, ddpm-shards verify names it
     table = SampleTable(rows, b"".join(keys))
     table_data = table.to_bytes()
     info = ShardInfo(name, len(data), len(samples), content_hash(data), len(table_data), content_hash(table_data))

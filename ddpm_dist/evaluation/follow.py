@@ -63,7 +63,8 @@ def start_beside(cfg: Config) -> None:
     """Starts a follower of a run as a Ray job of its own, if evaluation.every asks for one; Ray is connected."""
     if cfg.evaluation.every is None:
         return
-    command = f"python launch/evaluate.py --follow {shlex.quote(cfg.run.url)}"
+    # Found in the job's working directory as well as where the package is installed on the nodes.
+    command = f"python -m ddpm_dist.commands evaluate --follow {shlex.quote(cfg.run.url)}"
     started = submit_beside(command)
     if started is None:
         log.warning("evaluation.every: no follower runs; start it by hand: %s", command)

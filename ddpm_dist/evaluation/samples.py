@@ -16,18 +16,18 @@ def sample_index(url: str) -> DataIndex:
         storage.check_access(url, "--samples")
         if sampling_job.load_manifest(url) is not None:
             raise EvaluationError(
-                f"--samples {place}: its sampling job has not finished; start launch/sample.py with the same arguments "
+                f"--samples {place}: its sampling job has not finished; start ddpm-sample with the same arguments "
                 "again, it does what is missing"
             ) from None
         raise EvaluationError(
-            f"--samples {place}: no samples are there; launch/sample.py draws them, and tools/index_shards.py "
+            f"--samples {place}: no samples are there; ddpm-sample draws them, and ddpm-shards index "
             "indexes shards of another program"
         ) from None
     there = storage.list_objects(url)
     lost = [shard.name for shard in index.shards if there.get(shard.name) != shard.bytes]
     if lost:
         ours = sampling_job.load_manifest(url) is not None
-        remedy = "start launch/sample.py with the same arguments again, it makes them anew" if ours else "restore them"
+        remedy = "start ddpm-sample with the same arguments again, it makes them anew" if ours else "restore them"
         raise EvaluationError(
             f"--samples {place}: {len(lost)} of {len(index.shards)} shards are missing or cut, the first is {lost[0]}; "
             f"{remedy}"

@@ -12,6 +12,7 @@ import fsspec
 from fsspec.core import url_to_fs
 
 from ddpm_dist.errors import StorageError
+from ddpm_dist.packages import absent
 from ddpm_dist.storage import sessions, signing
 from ddpm_dist.storage.errors import redact
 
@@ -44,7 +45,6 @@ def filesystem(url: str) -> tuple[Any, str]:
         options = {
             "use_listings_cache": False,
             "endpoint_url": endpoint,
-            "session": sessions.session(),
             "config_kwargs": {
                 "connect_timeout": CONNECT_TIMEOUT_S,
                 "read_timeout": READ_TIMEOUT_S,
@@ -53,8 +53,12 @@ def filesystem(url: str) -> tuple[Any, str]:
             },
         }
     try:
+        if protocol == "s3":
+            options["session"] = sessions.session()
         fs, path = url_to_fs(url, **options)
-    except (ValueError, ImportError, OSError) as error:
+    except ImportError as error:
+        raise StorageError(f"{redact(url)}: {absent(error) or absent(error.__cause__) or error}") from None
+    except (ValueError, OSError) as error:
         raise StorageError(f"{redact(url)}: {error}; write s3://BUCKET/FOLDER or file:///FOLDER") from None
     if protocol == "s3":
         fs.retries = 1  # one layer retries: ours, which knows the patience and says what it does

@@ -2,20 +2,23 @@
 
 botocore's client reads its service model before it does anything: 0.2 s of processor time, and memory that stays.
 Signing needs neither; and where an object lies at such an endpoint is no question of regions and partitions.
+botocore itself is imported at the first signature: where no S3 is used, it need not be there.
 """
 
 from functools import cache
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from botocore.auth import S3SigV4QueryAuth
-from botocore.awsrequest import AWSRequest
-from botocore.credentials import Credentials
-from botocore.exceptions import BotoCoreError
-from botocore.session import Session
+if TYPE_CHECKING:
+    from botocore.credentials import Credentials
 
 
 def sign(endpoint: str, path: str, seconds: int) -> str | None:
     """A URL that GETs bucket/key for so long; None where botocore's own client has to decide."""
+    from botocore.auth import S3SigV4QueryAuth
+    from botocore.awsrequest import AWSRequest
+    from botocore.exceptions import BotoCoreError
+
     found = _identity()
     if found is None:
         return None
@@ -29,8 +32,11 @@ def sign(endpoint: str, path: str, seconds: int) -> str | None:
 
 
 @cache
-def _identity() -> tuple[Credentials, str] | None:
+def _identity() -> "tuple[Credentials, str] | None":
     """(credentials, which renew themselves; region), unless the user's AWS configuration says how to address S3."""
+    from botocore.exceptions import BotoCoreError
+    from botocore.session import Session
+
     try:
         session = Session()
         credentials = session.get_credentials()

@@ -59,7 +59,7 @@ class SnapshotPublisher:
     def _upload(
         self, averages: dict[str, dict[str, Tensor]], config: UNetConfig, diffusion: GaussianDiffusion, step: int
     ) -> None:
-        """The snapshot, and beside it one of each power average (for tools/posthoc_ema.py)."""
+        """The snapshot, and beside it one of each power average (for ddpm-posthoc-ema)."""
         cfg = self._cfg
         for label, weights in averages.items():
             info = {

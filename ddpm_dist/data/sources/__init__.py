@@ -1,4 +1,4 @@
-"""Inputs of tools/make_shards.py. To add one: a class or function here, and a line in SOURCES."""
+"""Inputs of ddpm-shards make. To add one: a class or function here, and a line in SOURCES."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What every input of tools/make_shards.py offers: so many items, and any one of them by its number."""
+"""What every input of ddpm-shards make offers: so many items, and any one of them by its number."""
 
 import io
 from dataclasses import dataclass

@@ -109,7 +109,7 @@ class Lsun:
 
 
 class Indexed:
-    """A WebDataset that has an index (tools/index_shards.py makes one): to resize, convert or shuffle it anew."""
+    """A WebDataset that has an index (ddpm-shards index makes one): to resize, convert or shuffle it anew."""
 
     def __init__(self, url: str) -> None:
         index = load_index(url)
