@@ -52,7 +52,7 @@ from ddpm_dist.recipe import load_config
 from ddpm_dist.snapshot import build, load_snapshot, save_snapshot
 
 urls = ["run.url=file:///run", "data.url=file:///data"]
-cfg = load_config("digits", [*urls, "model.channels=32", "model.channel_mult=[1]", "sampling.steps=3"])
+cfg = load_config("digits", [*urls, "model.num_res_blocks=1", "sampling.steps=3"])
 unet, diffusion = build(cfg)
 save_snapshot(sys.argv[1], unet, unet.config, diffusion, {})
 unet, diffusion = load_snapshot(sys.argv[1])
