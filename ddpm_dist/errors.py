@@ -20,7 +20,8 @@ DdpmDistError
 │   ├── ClaimError           the run folder belongs to another live attempt
 │   └── PreemptedError       a node of this attempt is about to be taken away
 ├── ClusterError             too few resources, or a Ray that doesn't answer
-│   └── WorkerRefusedError   a worker that can't do a job's tasks as the others do them
+│   ├── WorkerRefusedError   a worker that can't do a job's tasks as the others do them
+│   └── StandbyError         no standby on this node: processes start by themselves, in seconds
 ├── SamplingError            a sampling job that can't be done as asked
 └── EvaluationError          a metric that can't be computed as asked
 
@@ -118,6 +119,10 @@ class ClusterError(DdpmDistError):
 
 class WorkerRefusedError(ClusterError):
     """A worker that can't do a job's tasks as the others do them; it is let go, and the task is not to blame."""
+
+
+class StandbyError(ClusterError):
+    """A node's standby can't be started or doesn't answer; processes are then started without it."""
 
 
 class SamplingError(DdpmDistError):

@@ -23,7 +23,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("training",),
     ("sampling",),
     ("evaluation",),
-    ("commands",),
+    ("commands", "preload"),
     ("launch", "tools"),
 ]
 """From the bottom up: rooms (folders) and modules of ddpm_dist, then the folders beside it."""
