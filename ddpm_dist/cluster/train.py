@@ -1,6 +1,6 @@
 """Ray Train adapter: starts one training process per worker, and again after a failure that may pass.
 
-Ray restarts, places and watches the workers; the state they resume from is ours (`checkpoint.py`), so
+Ray restarts, places and watches the workers; the state they resume from is ours (the room `state`), so
 nothing is ever reported to Ray Train. The internals touched are the two policies that `TorchTrainer` hands to
 its controller, and what Ray knows of nodes that are about to be taken away
 (tests/cluster/test_train.py holds what we assume of them).

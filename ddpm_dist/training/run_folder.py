@@ -6,7 +6,7 @@ run.url/
   stop            created by anybody: the run saves and leaves
   summary.json    what the last attempt ended with
   checkpoints/    training states (state/store.py)
-  snapshots/      EMA weights as diffusers folders, one per step (snapshot.py)
+  snapshots/      EMA weights as diffusers folders, one per step (the room snapshot)
   averages/       power averages, likewise, where ema.power asks for them
   tensorboard/    samples/    evaluation/    failures/
 """

@@ -203,16 +203,8 @@ def bench_first(bench: Bench) -> dict[str, float]:
         for number in range(bench.args.rounds):
             out = f"{bench.folder}/first{number}"
             command = ["ray", "job", "submit", "--no-wait", "--working-dir", str(ROOT), "--"]
-            command += [
-                "python",
-                "launch/sample.py",
-                "--snapshot",
-                bench.snapshot,
-                "--out",
-                out,
-                "--num-samples",
-                str(bench.args.batch),
-            ]
+            command += ["python", "launch/sample.py", "--snapshot", bench.snapshot]
+            command += ["--out", out, "--num-samples", str(bench.args.batch)]
             command += [f"sampling.batch_size={bench.args.batch}", f"sampling.unit_size={bench.args.batch}"]
             command += ["sampling.sampler=ddim", f"sampling.steps={bench.args.steps}", "--workers", "1"]
             start = time.perf_counter()
