@@ -39,8 +39,8 @@ PLACES = {
     "s3fs": ["ddpm_dist/storage/"],
     "aiobotocore": ["ddpm_dist/storage/"],
     "botocore": ["ddpm_dist/storage/", "tools/local/s3_server.py"],
-    "tensorboard": ["ddpm_dist/training/metrics.py"],
-    "torch.utils.tensorboard": ["ddpm_dist/training/metrics.py"],
+    "tensorboard": ["ddpm_dist/training/events.py"],
+    "torch.utils.tensorboard": ["ddpm_dist/training/events.py"],
 }
 """The only folders or files that import these; tools/bench/ may import the peers that it measures."""
 

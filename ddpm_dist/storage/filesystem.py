@@ -14,7 +14,7 @@ from fsspec.core import url_to_fs
 from ddpm_dist.errors import StorageError
 from ddpm_dist.packages import absent
 from ddpm_dist.storage import sessions, signing
-from ddpm_dist.storage.errors import redact
+from ddpm_dist.storage.errors import classify, redact
 
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 20
@@ -60,6 +60,8 @@ def filesystem(url: str) -> tuple[Any, str]:
         raise StorageError(f"{redact(url)}: {absent(error) or absent(error.__cause__) or error}") from None
     except (ValueError, OSError) as error:
         raise StorageError(f"{redact(url)}: {error}; write s3://BUCKET/FOLDER or file:///FOLDER") from None
+    except Exception as error:  # botocore's, about the user's AWS configuration
+        raise classify(error, url) from None
     if protocol == "s3":
         fs.retries = 1  # one layer retries: ours, which knows the patience and says what it does
         _held.setdefault(os.getpid(), {})[id(fs)] = fs

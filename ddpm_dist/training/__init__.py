@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         ray_worker as ray_worker,
         report_end as report_end,
     )
-    from ddpm_dist.training.metrics import (
+    from ddpm_dist.training.events import (
         EVENTS as EVENTS,
         EventLog as EventLog,
         Events as Events,
@@ -29,7 +29,7 @@ __all__, _named = lazily(
     modules="run_folder",
     entry="deepspeed_worker finished ray_worker report_end",
     ema="power_label",
-    metrics="EVENTS EventLog Events read_events",
+    events="EVENTS EventLog Events read_events",
     posthoc="Profile coefficients distance",
 )
 if not TYPE_CHECKING:

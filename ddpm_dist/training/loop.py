@@ -26,9 +26,10 @@ from ddpm_dist.training import run_folder
 from ddpm_dist.training.branch import init_from
 from ddpm_dist.training.control import Control
 from ddpm_dist.training.ema import Ema
+from ddpm_dist.training.events import EventLog
 from ddpm_dist.training.failures import SkippedSteps
 from ddpm_dist.training.flops import training_flops_per_image
-from ddpm_dist.training.metrics import EventLog, Goodput, PhaseClock, Window, memory_gib
+from ddpm_dist.training.metrics import Goodput, PhaseClock, Window, memory_gib
 from ddpm_dist.training.optim import lr_at
 from ddpm_dist.training.publish import SnapshotPublisher
 from ddpm_dist.training.step import BatchPlan, StepResult, training_step

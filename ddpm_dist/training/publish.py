@@ -18,7 +18,7 @@ from ddpm_dist.models import UNet, UNetConfig
 from ddpm_dist.recipe import dump_config
 from ddpm_dist.training import run_folder
 from ddpm_dist.training.ema import MAIN, Ema
-from ddpm_dist.training.metrics import EventLog, image_grid
+from ddpm_dist.training.events import EventLog, image_grid
 
 log = logging.getLogger(__name__)
 

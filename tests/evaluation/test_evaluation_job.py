@@ -25,7 +25,7 @@ from ddpm_dist.evaluation.order import Order
 from ddpm_dist.evaluation.worker import EvaluationWorker
 from ddpm_dist.recipe import parse_config
 from ddpm_dist.sampling import job as sampling_job
-from ddpm_dist.training.metrics import read_events
+from ddpm_dist.training.events import read_events
 from ddpm_dist.training.run_folder import snapshot_url
 from tests.ray_local import RayCluster
 from tests.sampling.tiny import SETTINGS, make_order, make_snapshot

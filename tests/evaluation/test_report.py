@@ -14,7 +14,7 @@ from ddpm_dist.config import Config
 from ddpm_dist.evaluation.chart import MAX_POINTS, Series, line_chart
 from ddpm_dist.evaluation.report import MAX_GRIDS, render
 from ddpm_dist.recipe import parse_config
-from ddpm_dist.training.metrics import Events
+from ddpm_dist.training.events import Events
 
 
 def config(name: str = "run") -> Config:

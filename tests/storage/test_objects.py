@@ -323,6 +323,13 @@ def test_an_endpoint_without_a_scheme_is_an_error_at_once(bucket_url: str, monke
         storage.read(f"{bucket_url}/a", patience_s=3600)
 
 
+def test_an_aws_profile_that_is_not_there_is_an_error_at_once(bucket_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    storage.clear_instances()
+    with pytest.raises(StorageError, match=rf"{bucket_url}/a: The config profile \(nobody\) could not be found"):
+        storage.read(f"{bucket_url}/a")
+
+
 def test_secrets_are_redacted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cr3t-value")
     text = "at http://me:pw@host/x?X-Amz-Signature=abc with s3cr3t-value"

@@ -1,14 +1,12 @@
-"""What a run shows: where its time went, what all ranks heard, curves that a later attempt overwrites."""
+"""What a run says of itself: where its time went, and what all ranks heard."""
 
 import time
-from pathlib import Path
 
 import pytest
-import torch
 
 from ddpm_dist.training import metrics
 from ddpm_dist.training.control import Shared
-from ddpm_dist.training.metrics import EventLog, Goodput, PhaseClock, Window, image_grid, read_events
+from ddpm_dist.training.metrics import Goodput, PhaseClock, Window
 
 SECONDS = {"data": 1.0, "forward": 1.5, "backward": 2.5, "step": 2.0, "ema": 0.5, "checkpoint": 0.25,
            "snapshot": 0.125, "other": 0.5}  # fmt: skip
@@ -56,26 +54,3 @@ def test_means_over_ranks_and_steps() -> None:
     assert means == {"loss/mean": 2.0, "loss/t_quartile_1": 3.0, "loss/t_quartile_4": 1.0}
     assert window.take(13) == (1, {})
     assert window.bad_samples == 43, "an attempt counts its own, all in all"
-
-
-def test_a_later_attempt_overwrites_the_steps_that_were_lost(tmp_path: Path) -> None:
-    url = tmp_path.as_uri()
-    first = EventLog(url, attempt=1, start_step=0)
-    for step in range(1, 6):
-        first.scalars({"loss/mean": 1.0}, step)
-    first.close()
-    second = EventLog(url, attempt=2, start_step=3)  # the state of step 3 was the last one
-    second.image("samples", torch.zeros(1, 4, 4, dtype=torch.uint8), 4)
-    for step in (4, 5):
-        second.scalars({"loss/mean": 2.0}, step)
-    second.close()
-    events = read_events(url)
-    assert [value for step, value in events.scalars["loss/mean"] if step > 3] == [2.0, 2.0]
-    assert [step for step, _ in events.images["samples"]] == [4]
-
-
-def test_the_grid_of_five_images() -> None:
-    grid = image_grid(torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 2, 2), columns=3)
-    assert grid.shape == (3, 5, 8)
-    assert grid[0, 3, 3] == 4
-    assert grid[0, 2, 0] == 128
