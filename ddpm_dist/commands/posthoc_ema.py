@@ -27,13 +27,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not 0 < args.std < 0.28:
         raise ConfigError(f"std: {args.std} is not a relative width between 0 and 0.28")
     stored = stored_averages(args.run)
-    last = max(profile.time for profile in stored)
-    wanted = Profile(float(args.step or last), args.std)
-    if wanted.time > last:
-        raise ConfigError(f"--step {args.step}: the run's last stored average is of step {last:.0f}")
+    newest = max(stored, key=lambda profile: profile.time)
+    clock = clock_of(stored[newest])
+    wanted = Profile(float(args.step + clock if args.step else newest.time), args.std)
+    if wanted.time > newest.time:
+        raise ConfigError(f"--step {args.step}: the run's last stored average is of step {newest.time - clock:.0f}")
     rough = reconstruct(stored, wanted, args.out)
     note = "; rough, since too few averages are stored near it" if rough > WARN_DISTANCE else ""
-    print(f"{storage.redact(args.out)}: std {args.std} at step {wanted.time:.0f}, profile off by {rough:.1%}{note}")
+    print(
+        f"{storage.redact(args.out)}: std {args.std} at step {wanted.time - clock:.0f}, "
+        f"profile off by {rough:.1%}{note}"
+    )
 
 
 def stored_averages(run_url: str) -> dict[Profile, str]:
@@ -45,7 +49,8 @@ def stored_averages(run_url: str) -> dict[Profile, str]:
         for name in storage.list_names(storage.join(folder, label)) if std != label else []:
             url = storage.join(folder, label, name)
             try:
-                found[Profile(float(load_info(url)["step"]), float(std))] = url
+                info = load_info(url)
+                found[Profile(float(info.get("ema_steps", info["step"])), float(std))] = url
             except SnapshotError:
                 continue  # not whole yet
     if not found:
@@ -53,6 +58,12 @@ def stored_averages(run_url: str) -> dict[Profile, str]:
             f"{storage.redact(folder)}: no power averages; set ema.power, such as [0.05, 0.1], before the run"
         )
     return found
+
+
+def clock_of(url: str) -> int:
+    """Steps that a stored average had seen before its run's first: of a branch, those of its origin."""
+    info = load_info(url)
+    return int(info.get("ema_steps", info["step"]) - info["step"])
 
 
 def reconstruct(stored: dict[Profile, str], wanted: Profile, out_url: str) -> float:
@@ -74,7 +85,8 @@ def reconstruct(stored: dict[Profile, str], wanted: Profile, out_url: str) -> fl
         if key in ("config", "images_seen", "step", "null_label")
     }
     per_step = info["images_seen"] / info["step"] if info.get("images_seen") else None
-    info |= {"step": int(wanted.time), "images_seen": per_step and int(per_step * wanted.time)}
+    step = int(wanted.time) - clock_of(stored[profiles[-1]])
+    info |= {"step": step, "images_seen": per_step and int(per_step * step)}
     info |= {"kind": f"{power_label(wanted.std)} after the run", "profile_distance": near}
     save_snapshot(out_url, total, network.config, diffusion, info)
     return near

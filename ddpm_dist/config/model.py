@@ -19,12 +19,22 @@ class ModelConfig(Section):
     dropout: Below1 = 0.0
     head_channels: Positive | None = None
     """Channels of an attention head; none: one head (the paper)."""
+    heads: Positive | None = None
+    """Attention heads at every level, instead of head_channels (OpenAI's improved-diffusion)."""
     norm_groups: Positive = 32
     norm_eps: Annotated[float, Field(gt=0)] = 1e-6
     scale_shift: bool = False
     """The time embedding scales and shifts the second normalisation (ADM), instead of being added."""
     resample: Literal["conv", "resblock"] = "conv"
     """Strided convolution (the paper) or residual blocks (ADM, BigGAN) between the levels."""
+    downsample_padding: Literal[0, 1] = 0
+    """Of the strided convolutions: 0 pads right and bottom (the paper), 1 all sides (diffusers' script, ADM)."""
+    sinusoids: Literal["sin_cos", "cos_sin"] = "sin_cos"
+    """Order in the time embedding: sines first (the paper) or cosines first (diffusers' script, ADM)."""
+    freq_shift: Literal[0, 1] = 1
+    """Its frequencies are 10000^(-i / (half - freq_shift)): 1 is the paper's, 0 that of diffusers' script and ADM."""
+    time_scale: Annotated[float, Field(gt=0)] = 1.0
+    """Factor of t before the sinusoids: 1000 / T for OpenAI's rescale_timesteps, else 1."""
     num_classes: Positive | None = None
     """Classes of a conditional network; the null class of guidance is an extra last row."""
     checkpoint_levels: Free[tuple[Count, ...]] = ()
@@ -38,6 +48,8 @@ class ModelConfig(Section):
 
 def check_model(model: ModelConfig, size: int) -> None:
     """Levels, groups and heads that fit images of size × size pixels; else ValueError."""
+    if model.heads and model.head_channels:
+        raise ValueError("model.heads: give it or model.head_channels, not both")
     halvings = len(model.channel_mult) - 1
     if size % 2**halvings:
         raise ValueError(
@@ -51,6 +63,10 @@ def check_model(model: ModelConfig, size: int) -> None:
                 f"of level {level}"
             )
         attends = level == halvings or size >> level in model.attention_resolutions
+        if model.heads and attends and model.channels * mult % model.heads:
+            raise ValueError(
+                f"model.heads: {model.heads} doesn't divide the {model.channels * mult} channels of level {level}"
+            )
         if model.head_channels and attends and model.channels * mult % model.head_channels:
             raise ValueError(
                 f"model.head_channels: {model.head_channels} doesn't divide the {model.channels * mult} "

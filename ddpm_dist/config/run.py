@@ -29,7 +29,10 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Fixes the weights, the order of the data, t, eps, flips and dropout."""
     init_from: Url | None = None
-    """URL of another run's folder, state or snapshot whose weights this run starts from."""
+    """URL of another run's folder, state or snapshot whose weights this run starts from. What the recipe leaves open
+    in model and diffusion is taken from there."""
+    init_changes: tuple[str, ...] = ()
+    """Keys that are meant to differ from run.init_from's, such as diffusion.prediction; others are refused."""
 
 
 class Config(Section):

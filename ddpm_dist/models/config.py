@@ -21,6 +21,8 @@ class UNetConfig:
     `attention_head_dim`: channels of a head; none: one head.
     `attn_norm_num_groups`: groups of the middle attention's normalisation; none: `norm_num_groups`, or no
     normalisation at all with scale_shift (a quirk of UNet2DModel that its files depend on).
+    `attention_heads`: heads at every level, instead of `attention_head_dim`; `timestep_scale`: factor of t before the
+    sinusoids. These two UNet2DModel hasn't; they are written where they matter alone.
     `num_class_embeds`: rows of the class embedding, the null class included; none: unconditional.
     """
 
@@ -44,6 +46,8 @@ class UNetConfig:
     resnet_time_scale_shift: str = "default"
     add_attention: bool = True
     num_class_embeds: Positive | None = None
+    attention_heads: Positive | None = None
+    timestep_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
 
     @classmethod
     def from_recipe(cls, model: ModelConfig, image_size: int, channels: int, learned_variance: bool) -> "UNetConfig":
@@ -69,6 +73,11 @@ class UNetConfig:
             attn_norm_num_groups=model.norm_groups if model.scale_shift else None,
             norm_eps=model.norm_eps,
             dropout=model.dropout,
+            downsample_padding=model.downsample_padding,
+            flip_sin_to_cos=model.sinusoids == "cos_sin",
+            freq_shift=model.freq_shift,
+            attention_heads=model.heads,
+            timestep_scale=model.time_scale,
             downsample_type="resnet" if residual else "conv",
             upsample_type="resnet" if residual else "conv",
             resnet_time_scale_shift="scale_shift" if model.scale_shift else "default",
@@ -85,21 +94,43 @@ class UNetConfig:
         return 4 * self.block_out_channels[0]
 
     @property
+    def learns_variance(self) -> bool:
+        """Whether it has a second half of outputs."""
+        return self.out_channels == 2 * self.in_channels
+
+    @property
     def mid_norm_groups(self) -> int | None:
         """Groups of the middle attention's normalisation, or none for no normalisation."""
         if self.attn_norm_num_groups is None and self.resnet_time_scale_shift == "default":
             return self.norm_num_groups
         return self.attn_norm_num_groups
 
+    @property
+    def portable(self) -> str | None:
+        """None if UNet2DModel can be this network; otherwise what it lacks."""
+        if self.attention_heads is not None:
+            return f"UNet2DModel has no number of attention heads ({self.attention_heads} at every level)"
+        return None if self.timestep_scale == 1 else f"UNet2DModel has no factor of the time ({self.timestep_scale})"
+
     def to_diffusers(self) -> dict[str, Any]:
         """`unet/config.json`, with every setting spelled out so that no default of a reader matters."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
         own = {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
-        return {"_class_name": "UNet2DModel", **_FIXED, "num_train_timesteps": None, **own}
+        own = {name: value for name, value in own.items() if name not in _OURS or value != _OURS[name]}
+        name = "UNet2DModel" if self.portable is None else OUR_CLASS
+        return {"_class_name": name, **_FIXED, "num_train_timesteps": None, **own}
 
     @classmethod
     def from_diffusers(cls, config: dict[str, Any], source: str) -> "UNetConfig":
         """Reads `unet/config.json`; raises SnapshotError naming what is missing or what this network can't do."""
+        if config.get("_class_name", "UNet2DModel") not in _CLASSES:
+            raise SnapshotError(
+                f"{source}: _class_name is {config['_class_name']!r}, another network; known is UNet2DModel"
+            )
+        config = {_FORMER_KEYS.get(name, name): value for name, value in config.items()}
+        for name in ("down_block_types", "up_block_types"):
+            if isinstance(config.get(name), list):
+                config[name] = [_FORMER_BLOCKS.get(str(block), block) for block in config[name]]
         missing = [name for name in _REQUIRED if name not in config]
         if missing:
             raise SnapshotError(
@@ -148,7 +179,11 @@ class UNetConfig:
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise ValueError(f"norm_num_groups: {self.norm_num_groups} doesn't divide {channels} channels")
+        if self.attention_heads and self.attention_head_dim:
+            raise ValueError("attention_heads: exclusive with attention_head_dim")
         for channels in self.attention_channels:
+            if self.attention_heads and channels % self.attention_heads:
+                raise ValueError(f"attention_heads: {self.attention_heads} doesn't divide {channels} channels")
             if self.attention_head_dim and channels % self.attention_head_dim:
                 raise ValueError(f"attention_head_dim: {self.attention_head_dim} doesn't divide {channels} channels")
         return self
@@ -170,6 +205,33 @@ _FIXED: dict[str, Any] = {
     "time_embedding_type": "positional",
 }
 """Settings of UNet2DModel of which this network knows one value."""
+
+OUR_CLASS = "DdpmDistUNet"
+"""Written as _class_name of a network that UNet2DModel can't be, so that diffusers refuses it."""
+
+_CLASSES = ("UNet2DModel", "UNetUnconditionalModel", OUR_CLASS)
+"""UNetUnconditionalModel is UNet2DModel's first name."""
+
+_OURS: dict[str, Any] = {"attention_heads": None, "timestep_scale": 1.0}
+
+_FORMER_KEYS = {
+    "image_size": "sample_size",
+    "num_res_blocks": "layers_per_block",
+    "block_channels": "block_out_channels",
+    "down_blocks": "down_block_types",
+    "up_blocks": "up_block_types",
+    "downscale_freq_shift": "freq_shift",
+    "resnet_num_groups": "norm_num_groups",
+    "resnet_act_fn": "act_fn",
+    "resnet_eps": "norm_eps",
+    "num_head_channels": "attention_head_dim",
+}
+"""Names of the settings in diffusers' files of before 0.1, and now."""
+
+_FORMER_BLOCKS = {f"UNetRes{name}": name for name in (*DOWN_BLOCKS.values(), *UP_BLOCKS.values())}
+
+_INERT = ("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup")
+"""What accelerate's `unet_ema/` says of its averaging beside the network."""
 
 _REQUIRED = (
     "sample_size", "in_channels", "out_channels", "block_out_channels", "down_block_types", "up_block_types",

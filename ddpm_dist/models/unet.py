@@ -59,6 +59,7 @@ class UNet(nn.Module):
                 "labels: this network is class-conditional; give a class, or the null class, for each image"
             )  # fmt: skip
         dtype, config = self.conv_in.weight.dtype, self.config
+        t = t if config.timestep_scale == 1 else t.float() * config.timestep_scale
         sinusoids = timestep_embedding(t, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift)
         temb = self.time_embedding(sinusoids.to(dtype))
         if self.class_embedding is not None:
@@ -204,7 +205,8 @@ def _resnet(config: UNetConfig, in_channels: int, out_channels: int, resample: s
 
 
 def _attention(config: UNetConfig, channels: int, groups: int | None) -> Attention:
-    return Attention(channels, config.attention_head_dim or channels, groups, config.norm_eps)
+    head_channels = channels // (config.attention_heads or 1)
+    return Attention(channels, config.attention_head_dim or head_channels, groups, config.norm_eps)
 
 
 def _down_level(config: UNetConfig, level: int) -> _DownLevel:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ddpm_dist.lazy import lazily
 
 if TYPE_CHECKING:
+    from ddpm_dist.snapshot.fitting import Task as Task, changes as changes, fit as fit
     from ddpm_dist.snapshot.folder import (
         INDEX as INDEX,
         build as build,
@@ -16,18 +17,26 @@ if TYPE_CHECKING:
         load_info as load_info,
         load_snapshot as load_snapshot,
         network_in as network_in,
-        network_of as network_of,
         not_kept_in as not_kept_in,
         save_snapshot as save_snapshot,
         snapshot_id as snapshot_id,
     )
     from ddpm_dist.snapshot.names import from_official as from_official, load_into as load_into
+    from ddpm_dist.snapshot.recipes import (
+        check_describable as check_describable,
+        keys_of_network as keys_of_network,
+        keys_of_process as keys_of_process,
+        network_of as network_of,
+        open_keys_of as open_keys_of,
+        reconcile as reconcile,
+    )
 
 __all__, _named = lazily(
     __name__,
-    folder="INDEX build diffusion_in load_info load_snapshot network_in network_of "
-    "not_kept_in save_snapshot snapshot_id",
+    fitting="Task changes fit",
+    folder="INDEX build diffusion_in load_info load_snapshot network_in not_kept_in save_snapshot snapshot_id",
     names="from_official load_into",
+    recipes="check_describable keys_of_network keys_of_process network_of open_keys_of reconcile",
 )
 if not TYPE_CHECKING:
     __getattr__ = _named

@@ -27,6 +27,7 @@ from ddpm_dist.diffusion import GaussianDiffusion
 from ddpm_dist.errors import NotFoundError, SnapshotError
 from ddpm_dist.models import UNet, UNetConfig
 from ddpm_dist.snapshot.names import load_into, modern_names
+from ddpm_dist.snapshot.recipes import LEARNED, network_of
 from ddpm_dist.snapshot.scheduler import from_diffusers, not_kept, portable, to_diffusers
 
 INDEX = "model_index.json"
@@ -35,8 +36,6 @@ UNET_CONFIG = "unet/config.json"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 FORMAT = 1
-LEARNED = ("learned", "learned_range")
-"""Variances for which the network has as many further outputs as the image has channels."""
 
 
 def build(cfg: Config) -> tuple[UNet, GaussianDiffusion]:
@@ -46,12 +45,6 @@ def build(cfg: Config) -> tuple[UNet, GaussianDiffusion]:
     """
     unet = UNet(network_of(cfg)).checkpoint(cfg.model.checkpoint_levels).initialize(cfg.run.seed)
     return unet, GaussianDiffusion.from_config(cfg.diffusion)
-
-
-def network_of(cfg: Config) -> UNetConfig:
-    """The network that a recipe describes."""
-    learned = cfg.diffusion.variance in LEARNED
-    return UNetConfig.from_recipe(cfg.model, cfg.data.image_size, cfg.data.channels, learned)
 
 
 def network_in(url: str) -> UNetConfig:
@@ -93,7 +86,7 @@ def save_snapshot(
     state = weights.state_dict() if isinstance(weights, UNet) else weights
     _check_weights(state, unet_config, url)
     tensors = {name: state[name].detach().to("cpu", torch.float32).contiguous() for name in sorted(state)}
-    why_not = portable(diffusion)
+    why_not = portable(diffusion) or unet_config.portable
     files = {
         UNET_CONFIG: _json(unet_config.to_diffusers()),
         WEIGHTS: safetensors.torch.save(tensors, metadata={"format": "pt"}),
@@ -115,7 +108,7 @@ def save_snapshot(
     pipeline = {
         "_class_name": "DDPMPipeline" if why_not is None else "DdpmDistPipeline",
         "scheduler": ["diffusers" if why_not is None else "ddpm_dist", to_diffusers(diffusion)["_class_name"]],
-        "unet": ["diffusers", "UNet2DModel"],
+        "unet": ["diffusers", unet_config.to_diffusers()["_class_name"]],
     }
     _retire(url, ours["files"])
     for name, data in {**files, OURS: _json(ours), INDEX: _json(pipeline)}.items():

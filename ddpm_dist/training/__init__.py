@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ddpm_dist.lazy import lazily
 
 if TYPE_CHECKING:
+    from ddpm_dist.training.branch import resolve as resolve
     from ddpm_dist.training.ema import power_label as power_label
     from ddpm_dist.training.entry import (
         deepspeed_worker as deepspeed_worker,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__, _named = lazily(
     __name__,
     modules="run_folder",
+    branch="resolve",
     entry="deepspeed_worker finished ray_worker report_end",
     ema="power_label",
     events="EVENTS EventLog Events read_events",

@@ -1,26 +1,79 @@
 """run.init_from: a new run that starts from what another one learnt (fine-tuning, branching).
 
-From a snapshot come the EMA weights; from a training state come weights, moments, averages and the optimizer's
-step count, so that a branch goes on as its origin would. Either way the new run counts its own steps from 0.
+From a snapshot come the EMA weights; from a training state come weights, moments, averages with their clock, and the
+optimizer's step count, so that a branch goes on as its origin would. Either way the new run counts its own steps from
+0. Where the new run's task is another one (`fit`), a state gives its average alone, as a snapshot does.
 """
 
 import logging
+from dataclasses import dataclass
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from ddpm_dist import snapshot, storage
 from ddpm_dist.config import Config
 from ddpm_dist.diffusion import GaussianDiffusion
-from ddpm_dist.engine import Engine
+from ddpm_dist.engine import Engine, World, broadcast_object
 from ddpm_dist.errors import ConfigError
 from ddpm_dist.models import UNet, UNetConfig
 from ddpm_dist.recipe import parse_config
-from ddpm_dist.state import MANIFEST, newest_state, read_manifest, read_state
-from ddpm_dist.training.ema import Ema
-from ddpm_dist.training.run_folder import newest_snapshot
+from ddpm_dist.snapshot import Task
+from ddpm_dist.state import MANIFEST, Manifest, newest_state, read_full, read_manifest, read_state
+from ddpm_dist.training.ema import MAIN, Ema, power_label
+from ddpm_dist.training.run_folder import newest_snapshot, saved_config
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What run.init_from names, without its weights."""
+
+    url: str
+    task: Task
+    dropout: float
+    manifest: Manifest | None
+    """Of a training state; none for a snapshot."""
+
+    @property
+    def place(self) -> str:
+        return storage.redact(self.url)
+
+
+def resolve(cfg: Config) -> Config:
+    """The recipe with what it leaves open in model and diffusion as run.init_from has it.
+
+    Before any worker starts. Raises ConfigError for an origin that is none, and for each difference that isn't meant.
+    A run that has a state of its own goes on without its origin.
+    """
+    if cfg.run.init_from is None:
+        if cfg.run.init_changes:
+            raise ConfigError("run.init_changes: names differences from run.init_from, which isn't given")
+        return cfg
+    storage.check_access(cfg.run.url, "run.url")
+    if newest_state(cfg.run.url) is not None:
+        saved = saved_config(cfg.run.url)
+        assert saved is not None, "a state holds its configuration"
+        return snapshot.open_keys_of(cfg, saved)
+    origin = _read(find_origin(cfg.run.init_from), cfg)
+    snapshot.check_describable(origin.task.network, origin.place)
+    told = snapshot.keys_of_network(origin.task.network, cfg.data.image_size)
+    told |= snapshot.keys_of_process(origin.task.diffusion)
+    if origin.task.classes is not None and "num_classes" not in cfg.model.model_fields_set:
+        told["model.num_classes"] = origin.task.classes
+    resolved = snapshot.reconcile(cfg, told, origin.place, cfg.run.init_changes)
+    changes = snapshot.changes(origin.task, task_of(resolved))
+    for change in changes:
+        log.info("run.init_from: %s", change)
+    snapshot.fit(_shapes(origin.task.network), origin.task, task_of(resolved))
+    if origin.manifest is not None and changes:
+        log.info("run.init_from: the task is another one, so the state's average is taken, and moments begin anew")
+    elif origin.manifest is not None:
+        _check_averages(origin, origin.manifest, resolved)
+    if origin.dropout != resolved.model.dropout:
+        log.info("run.init_from: model.dropout: %s there, %s here", origin.dropout, resolved.model.dropout)
+    return resolved
 
 
 def find_origin(url: str) -> str:
@@ -34,66 +87,67 @@ def find_origin(url: str) -> str:
     if found is None:
         raise ConfigError(
             f"run.init_from: {storage.redact(url)} is neither a snapshot, nor a training state, nor the folder of a "
-            "run that has one of them"
+            "run that has one of them; weights of other programs become a snapshot by tools/convert_weights.py"
         )
     return found
 
 
-def check_origin(cfg: Config) -> None:
-    """Raises before any worker starts if run.init_from can't be what this run starts from."""
-    if cfg.run.init_from is None:
-        return
-    origin = find_origin(cfg.run.init_from)
-    if storage.exists(storage.join(origin, MANIFEST)):
-        manifest = read_manifest(origin)
-        theirs = {name: tuple(shape) for name, shape in manifest.shapes.items()}
-        process = GaussianDiffusion.from_config(parse_config(manifest.meta["config"], source=origin).diffusion)
-    else:
-        theirs = _shapes(snapshot.network_in(origin))
-        process = snapshot.diffusion_in(origin)
-    ours = _shapes(snapshot.network_of(cfg))
-    differing = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
-    if differing:
-        first = differing[0]
-        raise ConfigError(
-            f"run.init_from: the network of {storage.redact(origin)} is another one than model.* describes: "
-            f"{len(differing)} parameters differ, the first is {first} "
-            f"({theirs.get(first, 'absent')} there, {ours.get(first, 'absent')} here)"
-        )
-    _compare(process, GaussianDiffusion.from_config(cfg.diffusion))
-
-
-def _compare(theirs: GaussianDiffusion, ours: GaussianDiffusion) -> None:
-    """Says what the weights were trained for, if it isn't what they are going to be trained for."""
-    if theirs.prediction != ours.prediction:
-        log.warning("run.init_from: the weights predict %s, this run trains %s", theirs.prediction, ours.prediction)
-    if theirs.variance != ours.variance:
-        log.warning("run.init_from: the weights' variance is %s, this run's %s", theirs.variance, ours.variance)
-    if theirs.timesteps != ours.timesteps or not np.allclose(theirs.betas, ours.betas, rtol=1e-6):
-        log.warning("run.init_from: the weights were trained with another noise schedule than diffusion.* describes")
-
-
-def init_from(url: str, engine: Engine, ema: Ema) -> None:
+def init_from(url: str, cfg: Config, world: World, engine: Engine, ema: Ema) -> None:
     """Fills masters and averages (and moments, from a state) in place; all ranks call it."""
-    origin = find_origin(url)
-    if storage.exists(storage.join(origin, MANIFEST)):
-        manifest, _ = read_state(origin, engine, ema)
+    # The first rank decides: while a run that goes on is the origin, its newest state isn't the same for all.
+    origin = _read(broadcast_object(world, find_origin(url) if world.is_first else ""), cfg)
+    ours = task_of(cfg)
+    if origin.manifest is not None and not snapshot.changes(origin.task, ours):
+        manifest, _ = read_state(origin.url, engine, ema)
         engine.load_scalars(manifest.scalars)
+        ema.clock = manifest.meta["step"] + manifest.meta.get("ema_clock", 0)
     else:
-        _from_snapshot(origin, engine)
+        weights = snapshot.fit(_weights(origin), origin.task, ours)
+        for piece in engine.pieces():
+            flat = weights[piece.name].detach().reshape(-1)
+            piece.weights.copy_(flat[piece.offset : piece.offset + piece.numel])
         ema.reset()
     engine.sync_weights()
-    log.info("run.init_from: weights of %s", storage.redact(origin))
+    log.info("run.init_from: weights of %s", origin.place)
 
 
-def _from_snapshot(url: str, engine: Engine) -> None:
-    network, _ = snapshot.load_snapshot(url)
-    weights = dict(network.named_parameters())
-    for piece in engine.pieces():
-        flat = weights[piece.name].detach().view(-1)
-        piece.weights.copy_(flat[piece.offset : piece.offset + piece.numel])
+def task_of(cfg: Config) -> Task:
+    """What the network of a recipe does."""
+    return Task(snapshot.network_of(cfg), GaussianDiffusion.from_config(cfg.diffusion), cfg.model.num_classes)
 
 
-def _shapes(config: UNetConfig) -> dict[str, tuple[int, ...]]:
+def _read(url: str, cfg: Config) -> Origin:
+    if storage.exists(storage.join(url, MANIFEST)):
+        manifest = read_manifest(url)
+        theirs = parse_config(manifest.meta["config"], source=url)
+        return Origin(url, task_of(theirs), theirs.model.dropout, manifest)
+    network, null_label = snapshot.network_in(url), snapshot.load_info(url)["null_label"]
+    rows = network.num_class_embeds
+    if null_label is None and rows is not None and cfg.model.num_classes == rows - 1:
+        null_label = rows - 1
+        log.info("run.init_from: of the %d rows for classes of %s, the last is taken for no class", rows, url)
+    return Origin(url, Task(network, snapshot.diffusion_in(url), null_label), network.dropout, None)
+
+
+def _check_averages(origin: Origin, manifest: Manifest, cfg: Config) -> None:
+    """ConfigError for averages that the state hasn't: one with a power profile can't begin in the middle."""
+    missing = [std for std in cfg.ema.power if power_label(std) not in manifest.kinds]
+    if missing:
+        kept = [kind.removeprefix("power-") for kind in manifest.kinds if kind.startswith("power-")]
+        raise ConfigError(
+            f"ema.power: {list(cfg.ema.power)}: the state {origin.place} keeps averages of the widths "
+            f"[{', '.join(kept)}], not of {missing}, and such an average can't begin in the middle; use "
+            f"ema.power=[{', '.join(kept)}], or begin from a snapshot of that run"
+        )
+
+
+def _weights(origin: Origin) -> dict[str, Tensor]:
+    if origin.manifest is not None:
+        return dict(read_full(origin.url, origin.manifest, MAIN))
+    return dict(snapshot.load_snapshot(origin.url)[0].named_parameters())
+
+
+def _shapes(network: UNetConfig) -> dict[str, Tensor]:
+    """Parameters without memory."""
     with torch.device("meta"):
-        return {name: tuple(parameter.shape) for name, parameter in UNet(config).named_parameters()}
+        return dict(UNet(network).named_parameters())

@@ -36,6 +36,8 @@ class Ema:
         self._runs = {label: [torch.empty_like(run) for run in self._weights] for label in self._decays}
         numels = [piece.numel for piece in pieces]
         self.averages = {label: _split(runs, numels) for label, runs in self._runs.items()}
+        self.clock = 0
+        """Steps that the averages had seen before this run's step 0: a branch of a state goes on with them."""
         self.reset()
 
     @torch.no_grad()
@@ -46,9 +48,9 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int, batch: int) -> None:
-        """Takes the weights into every average, after step `step` (from 0) of `batch` images was applied."""
+        """Takes the weights into every average, after this run's step `step` (from 0) of `batch` images was applied."""
         for label, decay in self._decays.items():
-            torch._foreach_lerp_(self._runs[label], self._weights, 1.0 - decay(step, batch))
+            torch._foreach_lerp_(self._runs[label], self._weights, 1.0 - decay(self.clock + step, batch))
 
     def gather(self, world: World, label: str = MAIN) -> dict[str, Tensor]:
         """The whole average by parameter name, float32, on every rank; a collective."""

@@ -10,23 +10,22 @@ from ddpm_dist.config import Config
 from ddpm_dist.data import Loader
 from ddpm_dist.engine import World, broadcast_object, init_world
 from ddpm_dist.errors import ConfigError, DdpmDistError
-from ddpm_dist.recipe import parse_config
+from ddpm_dist.recipe import dump_config, parse_config
 from ddpm_dist.state import latest_step
 from ddpm_dist.training import run_folder
-from ddpm_dist.training.branch import check_origin
+from ddpm_dist.training.branch import resolve
 from ddpm_dist.training.loop import Training
 
 log = logging.getLogger(__name__)
 
 
 def finished(cfg: Config, token: str) -> bool:
-    """Checks configuration, run folder, owner and data, so that a mistake shows before a worker starts.
+    """Checks run folder, owner and data, so that a mistake shows before a worker starts. cfg: as `resolve` gives it.
 
     Returns whether the run has nothing left to do. token: names this job (run_folder.new_token).
     """
     run_folder.check(cfg)
     run_folder.take_over(cfg.run.url, token)
-    check_origin(cfg)
     Loader(cfg, rank=0, world=cfg.worker_range[0]).close()
     step, steps = latest_step(cfg.run.url) or 0, cfg.train.steps
     if step > steps:
@@ -53,10 +52,12 @@ def deepspeed_worker(cfg: Config) -> World:
     token, done, error = run_folder.new_token(), False, None
     if world.is_first:
         try:
+            cfg = resolve(cfg)
             done = finished(cfg, token)
         except DdpmDistError as caught:
             error = caught
-    token, done, failed = broadcast_object(world, (token, done, error is not None))
+    token, done, failed, text = broadcast_object(world, (token, done, error is not None, dump_config(cfg)))
+    cfg = parse_config(text)
     if error is not None:
         raise error
     if not done and not failed:

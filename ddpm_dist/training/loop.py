@@ -126,7 +126,7 @@ class Training:
         state = self.store.claim()
         if state is None:
             if self.cfg.run.init_from is not None:
-                init_from(self.cfg.run.init_from, self.engine, self.ema)
+                init_from(self.cfg.run.init_from, self.cfg, self.world, self.engine, self.ema)
             log.info("a new run begins at step 0: %s", self.cfg.run.url)
             self.goodput.began_at = self.store.began_at
             if self.store.attempt > 1:
@@ -136,6 +136,7 @@ class Training:
         self.goodput = Goodput(**meta["goodput"])
         self.goodput.resume(meta["saved_at"], last_sign_at, self.store.attempt - 1)
         self.skipped.total = meta["skipped_steps"]
+        self.ema.clock = meta.get("ema_clock", 0)
         if self.history is not None and meta["loss_history"] is not None:
             exact = {name: torch.tensor(v, dtype=torch.float64) for name, v in meta["loss_history"].items()}
             self.history.load_state_dict(exact)
@@ -209,6 +210,7 @@ class Training:
             "loss_history": history and {name: values.tolist() for name, values in history.items()},
             "skipped_steps": self.skipped.total,
             "bad_samples": self.window.bad_samples,
+            **({"ema_clock": self.ema.clock} if self.ema.clock else {}),
         }
 
     def _log(self, result: StepResult) -> None:

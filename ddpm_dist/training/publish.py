@@ -44,7 +44,7 @@ class SnapshotPublisher:
             if self._events is not None:
                 self._events.image("samples/ema", image_grid(images), step)
         if world.is_first:
-            self._pending = self._pool.submit(self._upload, averages, network.config, diffusion, step)
+            self._pending = self._pool.submit(self._upload, averages, network.config, diffusion, step, ema.clock)
 
     def wait(self) -> None:
         """Until the last snapshot is whole; raises what its upload raised."""
@@ -57,7 +57,12 @@ class SnapshotPublisher:
         self._pool.shutdown()
 
     def _upload(
-        self, averages: dict[str, dict[str, Tensor]], config: UNetConfig, diffusion: GaussianDiffusion, step: int
+        self,
+        averages: dict[str, dict[str, Tensor]],
+        config: UNetConfig,
+        diffusion: GaussianDiffusion,
+        step: int,
+        clock: int,
     ) -> None:
         """The snapshot, and beside it one of each power average (for ddpm-posthoc-ema)."""
         cfg = self._cfg
@@ -67,6 +72,7 @@ class SnapshotPublisher:
                 "step": step,
                 "images_seen": step * cfg.train.global_batch,
                 "config": dump_config(cfg),
+                **({"ema_steps": step + clock} if clock else {}),  # a branch's averages are older than it
             }
             url = run_folder.snapshot_url(cfg.run.url, step)
             if label != MAIN:

@@ -43,7 +43,7 @@ def check(cfg: Config) -> None:
     Writes nothing. Raises StorageError, or ConfigError with the list of identity keys that differ.
     """
     storage.check_access(cfg.run.url, "run.url")
-    old = _saved_config(cfg.run.url)
+    old = saved_config(cfg.run.url)
     if old is None or not storage.list_names(storage.join(cfg.run.url, "checkpoints", "owner")):
         return  # nobody has trained here yet: a configuration that never worked binds nobody
     found = differences(old, cfg)
@@ -57,7 +57,7 @@ def check(cfg: Config) -> None:
 
 def adopt(cfg: Config) -> None:
     """Makes this the run's configuration, and forgets an old wish to stop; for the folder's owner alone."""
-    old = _saved_config(cfg.run.url)
+    old = saved_config(cfg.run.url)
     text = dump_config(cfg)
     for change in differences(old, cfg)["schedule"] if old is not None else ():
         log.info("the schedule changes: %s", change)
@@ -66,7 +66,7 @@ def adopt(cfg: Config) -> None:
     storage.delete(storage.join(cfg.run.url, "stop"))
 
 
-def _saved_config(run_url: str) -> Config | None:
+def saved_config(run_url: str) -> Config | None:
     """What the run is, by its config.yaml, or where somebody removed that, by its newest state."""
     url = storage.join(run_url, "config.yaml")
     try:
