@@ -5,6 +5,8 @@
     ddpm-shards make emoji --split heldout s3://bucket/emoji-heldout
     ddpm-shards make cifar10 cifar-10-python.tar.gz s3://bucket/cifar10
     ddpm-shards make folder photos --size 256 --format jpeg s3://bucket/photos256
+    ddpm-shards make folder imagenet/ --split train s3://bucket/imagenet
+    ddpm-shards make npz mnist.npz --images x_train --labels y_train s3://bucket/mnist
     ddpm-shards make parquet s3://bucket/imagenet-parquet --size 256 --ray 64 s3://bucket/imagenet256
 
 Started again after a kill, it makes what is missing. It never overwrites.
@@ -19,7 +21,7 @@ from ddpm_dist import cli
 from ddpm_dist.cluster import ActorPool, Failed
 from ddpm_dist.config import ClusterConfig
 from ddpm_dist.data import SOURCES, SourceOptions
-from ddpm_dist.data.build import Plan, ShardMaker, build, make_plan, run_in_processes
+from ddpm_dist.data.build import Made, Plan, ShardMaker, build, make_plan, run_in_processes
 
 SMALL = 5000
 """Samples up to which starting processes costs more than they save."""
@@ -33,14 +35,30 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("inputs", nargs="*", metavar="INPUT", help="files, folders or URLs of the input")
     parser.add_argument("url", metavar="URL", help="folder of the new data set, such as s3://bucket/name")
     parser.add_argument(
-        "--split", default="train", help="part of a data set that is published in parts (default: %(default)s)"
+        "--split",
+        metavar="PART",
+        help='part of a data set that is published in parts, such as train, val, test, or "all"; where parts lie side '
+        "by side in the input, it has to be said (cifar10, fashion-mnist, emoji: default train)",
+    )
+    parser.add_argument(
+        "--images",
+        metavar="NAME",
+        help="npz, parquet: array or column of the images (default: images, arr_0; image, img)",
     )
     parser.add_argument(
         "--labels",
-        metavar="FILE",
-        help='a CSV of file,class or a JSON {file: class}; for idx, its labels file; or "none" (default: what the '
-        "input holds, for files the folders that they lie in)",
+        metavar="FILE|NAME",
+        help='for files: a CSV of file,class, a JSON {file: class}, or "folders"; for idx, its labels file; for npz '
+        'and parquet, the array or column; or "none" (default: what the input says: dataset.json, folders, labels)',
     )
+    parser.add_argument(
+        "--include",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="files to take, by their path below INPUT; * matches / as well (may stand several times)",
+    )
+    parser.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="files to leave out")
     parser.add_argument(
         "--size",
         type=cli.positive,
@@ -79,7 +97,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)  # options may stand between INPUT and URL
 
 
-def run_on_ray(workers: int, plan: Plan, url: str, numbers: list[int]) -> Iterator[int]:
+def run_on_ray(workers: int, plan: Plan, url: str, numbers: list[int]) -> Iterator[Made]:
     """Shards over the nodes of the cluster at RAY_ADDRESS; input and output must be reachable from each."""
     with ActorPool(partial(ShardMaker, plan, url), (1, workers), ClusterConfig()) as pool:
         for outcome in pool.map(numbers):
@@ -90,7 +108,9 @@ def run_on_ray(workers: int, plan: Plan, url: str, numbers: list[int]) -> Iterat
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    options = SourceOptions(tuple(args.inputs), args.split, args.labels, args.size)
+    options = SourceOptions(
+        tuple(args.inputs), args.split, args.labels, args.size, args.images, tuple(args.include), tuple(args.exclude)
+    )
     plan = make_plan(
         args.kind,
         options,

@@ -13,10 +13,10 @@ import pytest
 
 from ddpm_dist import storage
 from ddpm_dist.commands import make_shards
-from ddpm_dist.data.build import shuffled
 from ddpm_dist.data.decode import encode_png
 from ddpm_dist.data.index import load_index
 from ddpm_dist.data.parts import PARTS_FOLDER
+from ddpm_dist.data.planned import shuffled
 from ddpm_dist.data.stream import iterate
 from ddpm_dist.data.verify import verify_shards
 from ddpm_dist.errors import ConfigError, DataError

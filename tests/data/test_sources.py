@@ -285,12 +285,14 @@ def test_wrong_kinds_and_inputs_have_clear_messages(tmp_path: Path) -> None:
             opened(kind)
         with pytest.raises((DataError, ConfigError, NotFoundError), match="none"):
             opened(kind, f"file://{tmp_path}/none" if kind == "webdataset" else tmp_path / "none")
-    for options, message in (
-        ({"split": "test"}, "--split test: npz has no parts; fashion-mnist"),
-        ({"labels": "a.csv"}, r"--labels a\.csv: npz takes its labels from the input alone; --labels none drops them"),
+    for kind, options, message in (
+        ("npz", {"split": "test"}, "--split test: npz has no parts; fashion-mnist"),
+        ("lsun", {"labels": "a.csv"}, r"--labels a\.csv: lsun takes its labels from the input alone; leave the option"),
+        ("idx", {"images": "x"}, "--images x: idx has no names for it; npz, parquet have"),
+        ("npz", {"include": ("*",)}, "--include, --exclude: npz is not made of files; folder, zip, tar, parquet are"),
     ):
         with pytest.raises(ConfigError, match=message):
-            opened("npz", tmp_path / "none", **options)
+            opened(kind, tmp_path / "none", **options)
     with pytest.raises(ConfigError, match=r"digits: they need no INPUT, x is given"):
         opened("digits", "x")
     (tmp_path / "text").write_text("no archive")

@@ -1,13 +1,18 @@
 """Inputs of ddpm-shards make. To add one: a class or function here, and a line in SOURCES."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ddpm_dist.data.sources.arrays import cifar10, digits, fashion_mnist, idx, npz
-from ddpm_dist.data.sources.base import Item, Source
+from ddpm_dist.data.sources.arrays import digits, fashion_mnist, idx
+from ddpm_dist.data.sources.base import Item, Source, normal
+from ddpm_dist.data.sources.cifar import cifar10
 from ddpm_dist.data.sources.emoji import Emoji
 from ddpm_dist.data.sources.files import folder, tar_archive, zip_archive
-from ddpm_dist.data.sources.tables import Indexed, Lsun, Parquet
+from ddpm_dist.data.sources.labels import FOLDERS, NONE
+from ddpm_dist.data.sources.layout import Choice
+from ddpm_dist.data.sources.npz import npz
+from ddpm_dist.data.sources.parquet import Parquet
+from ddpm_dist.data.sources.tables import Indexed, Lsun
 from ddpm_dist.errors import ConfigError
 
 
@@ -16,29 +21,46 @@ class SourceOptions:
     """What the user says about the input."""
 
     inputs: tuple[str, ...] = ()
-    split: str = "train"
+    split: str | None = None
     labels: str | None = None
-    """File of labels, or "none"."""
+    """File, array or column of labels; "folders", or "none"."""
     size: int | None = None
+    images: str | None = None
+    """Array or column of images."""
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    """Globs of the files to take, and of those to leave out."""
+
+    @property
+    def choice(self) -> Choice:
+        return Choice(self.split, self.labels, self.include, self.exclude)
+
+    def normal(self, kind: str) -> "SourceOptions":
+        """With each place spelt so that it means the same in any process."""
+        labels = self.labels
+        if labels not in (None, NONE, FOLDERS) and kind in LABELS_FROM_A_FILE:
+            labels = normal(labels)
+        return replace(self, inputs=tuple(map(normal, self.inputs)), labels=labels)
 
 
 SOURCES: dict[str, Callable[[SourceOptions], Source]] = {
     "digits": lambda o: digits(),
-    "fashion-mnist": lambda o: fashion_mnist(_one("fashion-mnist", o) if o.inputs else None, o.split),
-    "emoji": lambda o: Emoji(_one("emoji", o) if o.inputs else None, o.split, o.size or 32),
-    "cifar10": lambda o: cifar10(_one("cifar10", o), o.split),
+    "fashion-mnist": lambda o: fashion_mnist(_one("fashion-mnist", o) if o.inputs else None, o.split or "train"),
+    "emoji": lambda o: Emoji(_one("emoji", o) if o.inputs else None, o.split or "train", o.size or 32),
+    "cifar10": lambda o: cifar10(_one("cifar10", o), o.split or "train"),
     "idx": lambda o: idx(_one("idx", o), o.labels),
-    "npz": lambda o: npz(_one("npz", o), o.labels),
-    "folder": lambda o: folder(_one("folder", o), o.labels),
-    "zip": lambda o: zip_archive(_one("zip", o), o.labels),
-    "tar": lambda o: tar_archive(_one("tar", o), o.labels),
-    "parquet": lambda o: Parquet(o.inputs, o.labels),
+    "npz": lambda o: npz(_one("npz", o), o.images, o.labels),
+    "folder": lambda o: folder(_one("folder", o), o.choice),
+    "zip": lambda o: zip_archive(_one("zip", o), o.choice),
+    "tar": lambda o: tar_archive(_one("tar", o), o.choice),
+    "parquet": lambda o: Parquet(o.inputs, o.choice, o.images),
     "lsun": lambda o: Lsun(_one("lsun", o)),
     "webdataset": lambda o: Indexed(_one("webdataset", o)),
 }
-IN_PARTS = ("fashion-mnist", "emoji", "cifar10")
+IN_PARTS = ("fashion-mnist", "emoji", "cifar10", "folder", "zip", "tar", "parquet")
 LABELS_FROM_A_FILE = ("idx", "folder", "zip", "tar")
-LABELS_OR_NONE = ("npz", "parquet")
+LABELS_BY_NAME = ("npz", "parquet")
+OF_FILES = ("folder", "zip", "tar", "parquet")
 
 
 def open_source(kind: str, options: SourceOptions) -> Source:
@@ -47,12 +69,16 @@ def open_source(kind: str, options: SourceOptions) -> Source:
         raise ConfigError(f"{kind!r} is not an input; there are {', '.join(SOURCES)}")
     if kind == "digits" and options.inputs:
         raise ConfigError(f"digits: they need no INPUT, {options.inputs[0]} is given")
-    if options.split != "train" and kind not in IN_PARTS:
+    if options.split is not None and kind not in IN_PARTS:
         raise ConfigError(f"--split {options.split}: {kind} has no parts; {', '.join(IN_PARTS)} have")
-    if options.labels is not None and kind not in LABELS_FROM_A_FILE:
-        remedy = "--labels none drops them" if kind in LABELS_OR_NONE else "leave the option out"
-        if kind not in LABELS_OR_NONE or options.labels != "none":
-            raise ConfigError(f"--labels {options.labels}: {kind} takes its labels from the input alone; {remedy}")
+    if options.labels is not None and kind not in LABELS_FROM_A_FILE + LABELS_BY_NAME:
+        raise ConfigError(
+            f"--labels {options.labels}: {kind} takes its labels from the input alone; leave the option out"
+        )
+    if options.images is not None and kind not in LABELS_BY_NAME:
+        raise ConfigError(f"--images {options.images}: {kind} has no names for it; {', '.join(LABELS_BY_NAME)} have")
+    if (options.include or options.exclude) and kind not in OF_FILES:
+        raise ConfigError(f"--include, --exclude: {kind} is not made of files; {', '.join(OF_FILES)} are")
     return SOURCES[kind](options)
 
 

@@ -1,13 +1,18 @@
 """What every input of ddpm-shards make offers: so many items, and any one of them by its number."""
 
 import io
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol, cast
 
+import psutil  # type: ignore[import-untyped]
+
 from ddpm_dist import storage
-from ddpm_dist.data.decode import Pixels
-from ddpm_dist.errors import DataError
+from ddpm_dist.data.decode import BadSampleError, Pixels
+from ddpm_dist.errors import DataError, DdpmDistError
 
 READ_BUFFER = 2**20
 
@@ -29,12 +34,20 @@ class Source(Protocol):
     class_names: tuple[str, ...] | None
     about: dict[str, str]
     """Origin and licence, for the index."""
+    notes: tuple[str, ...]
+    """What was decided about the input (labels, parts) and what was left out, to be said once."""
     run: int
     """So many consecutive items are read at about the cost of one; 1 where any order is as good."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, i: int) -> Item: ...
+    def __getitem__(self, i: int) -> Item:
+        """The item; BadSampleError for one that alone can't be read, DataError for an input that can't."""
+        ...
+
+    def fingerprint(self, i: int) -> bytes:
+        """What item i is by: its name, size or checksum, and label. Reads nothing."""
+        ...
 
 
 class RangeFile(io.RawIOBase):
@@ -68,14 +81,93 @@ class RangeFile(io.RawIOBase):
 
 def open_input(path: str, what: str) -> IO[bytes]:
     """A local file or an object at a URL, seekable; DataError says what was expected there."""
-    if "://" in path:
+    if "://" in (path := local(path)):
         return cast(IO[bytes], io.BufferedReader(RangeFile(path), READ_BUFFER))
-    return open(existing(path, what), "rb")
+    found = existing(path, what)
+    if not found.is_file():
+        raise DataError(f"{path}: {'a folder' if found.is_dir() else 'no plain file'}, where {what} is expected")
+    with reading(path, what):
+        return open(found, "rb")
 
 
 def existing(path: str, what: str) -> Path:
     """The local path, or a DataError that says what was expected there."""
-    found = Path(path).expanduser()
+    found = Path(local(path)).expanduser()
     if not found.exists():
         raise DataError(f"{path}: no such file or folder; {what} is expected there")
     return found
+
+
+def local(path: str) -> str:
+    """A file:// URL as the path that it means; anything else as it is."""
+    return path.removeprefix("file://") if path.startswith("file://") else path
+
+
+def normal(path: str) -> str:
+    """One spelling for each place, the same from any working directory."""
+    if "://" in (path := local(path)):
+        return path.rstrip("/")
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def files_below(root: Path, wanted: Callable[[str], bool], notes: list[str]) -> Iterator[tuple[str, str]]:
+    """(path below the root, size) of all files, links followed; DataError for what can't be looked into.
+
+    wanted: tells which names matter, so that a link to nothing is an error for them alone.
+    notes: gets what is to be said about links that lead round for ever.
+    """
+    circles: list[str] = []
+    waiting = [("", frozenset[tuple[int, int]]())]
+    while waiting:
+        prefix, above = waiting.pop()
+        place = os.path.join(root, prefix)
+        with reading(shown(place), "a folder that can be read"):
+            here = os.stat(place)
+            above = above | {(here.st_dev, here.st_ino)}
+            with os.scandir(place) as entries:
+                for entry in entries:
+                    name = prefix + entry.name
+                    if entry.is_symlink() and not os.path.exists(entry.path):
+                        if wanted(name):
+                            raise DataError(f"{shown(entry.path)}: a link to nothing; mend or remove it")
+                        continue
+                    found = entry.stat()
+                    if entry.is_file():
+                        yield name, str(found.st_size)
+                    elif entry.is_dir() and (found.st_dev, found.st_ino) in above:
+                        circles.append(name)
+                    elif entry.is_dir():
+                        waiting.append((name + "/", above))
+    if circles:
+        notes.append(f"not followed: {len(circles)} links to a folder above them ({shown(min(circles))})")
+
+
+@contextmanager
+def reading(place: str, what: str) -> Iterator[None]:
+    """What a library raises on somebody's bytes becomes a DataError that names the place; ours pass.
+
+    Parsers raise whatever they like on damaged input (struct.error, KeyError, RecursionError, …), hence all.
+    """
+    try:
+        yield
+    except (DdpmDistError, BadSampleError):
+        raise
+    except MemoryError:
+        raise DataError(f"{place}: it asks for more memory than there is; it is damaged, or too large") from None
+    except OSError as error:
+        if error.strerror:
+            raise DataError(f"{place}: can't be read: {error.strerror}; {what} is expected there") from None
+        raise DataError(f"{place}: not {what}: {error}") from None
+    except Exception as error:
+        raise DataError(f"{place}: not {what}: {error or type(error).__name__}") from None
+
+
+def check_fits(nbytes: int, place: str) -> None:
+    """DataError for an array that memory can't hold, before it is unpacked: a few kB can announce gigabytes."""
+    if nbytes > psutil.virtual_memory().available:
+        raise DataError(f"{place}: unpacked it has {nbytes} bytes, more than memory holds; it is damaged, or too large")
+
+
+def shown(name: str) -> str:
+    """A file's name for people, also one that isn't UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode()

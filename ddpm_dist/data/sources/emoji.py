@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ddpm_dist.data.sources.base import Item
+from ddpm_dist.data.sources.base import Item, reading
 from ddpm_dist.errors import DataError
 
 PACKAGES = {
@@ -33,6 +33,7 @@ class Emoji:
 
     run = 1
     class_names: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ("no labels",)
 
     def __init__(self, folder: str | None, split: str, size: int = 32) -> None:
         if split not in ("train", "heldout", "all"):
@@ -44,7 +45,7 @@ class Emoji:
         }
         self._files: list[tuple[str, bytes]] = []
         for archive, prefix in _archives(Path(folder) if folder else _cache_folder()):
-            with tarfile.open(archive, mode="r:gz") as tar:
+            with reading(str(archive), "the npm package whole; remove it"), tarfile.open(archive, mode="r:gz") as tar:
                 for member in tar:
                     name = Path(member.name)
                     if not member.name.startswith(prefix) or name.suffix not in (".png", ".webp"):
@@ -57,6 +58,10 @@ class Emoji:
 
     def __len__(self) -> int:
         return len(self._files)
+
+    def fingerprint(self, i: int) -> bytes:
+        name, data = self._files[i]
+        return f"{name} {zlib.crc32(data)} {self._size}".encode()
 
     def __getitem__(self, i: int) -> Item:
         name, data = self._files[i]

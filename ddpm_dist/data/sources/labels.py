@@ -1,73 +1,166 @@
-"""Class labels of files: from their folders, or from a CSV or JSON file."""
+"""Class labels: from folders, from a CSV or JSON file, from whatever values an input has for its images."""
 
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
-from pathlib import PurePosixPath
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
-from ddpm_dist.data.sources.base import open_input
+import numpy as np
+
+from ddpm_dist.data.sources.base import open_input, reading, shown
 from ddpm_dist.errors import DataError
 
 Labels = tuple[list[int] | None, tuple[str, ...] | None]
 """(class of each file, names of the classes)."""
 
+NONE, FOLDERS = "none", "folders"
+FILE_COLUMNS = ("file", "filename", "file_name", "image", "path", "name")
+CLASS_COLUMNS = ("class", "label")
+MAX_CLASS = 2**31 - 1
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]{1,3})?")
 
-def label_files(names: Sequence[str], labels: str | None) -> Labels:
-    """Classes of files by the path below the input.
 
-    labels: a CSV (file, class) or JSON file ({file: class}, or EDM's {"labels": [[file, class], …]}); "none"
-    for no labels; without it, the first folder in which files differ is the class, if every file lies in one.
+def number_classes(values: Sequence[object], where: Callable[[int], str]) -> Labels:
+    """Class numbers (also as text, also 3.0) stay as they are; class names are numbered in sorted order.
+
+    where: says where value i stands, for the DataError about one that is neither, or about numbers among names.
     """
-    if labels == "none":
-        return None, None
-    if labels is not None:
-        return from_mapping(names, read_labels(labels), labels)
-    folders = [PurePosixPath(name).parts[:-1] for name in names]
-    shallowest = min(map(len, folders), default=0)
-    # Levels at which all files agree are no classes: a zip often holds one folder with everything in it.
-    depth = next((d for d in range(shallowest) if len({parts[d] for parts in folders}) > 1), shallowest)
-    if depth == shallowest:
-        return None, None
-    return from_mapping(names, {name: parts[depth] for name, parts in zip(names, folders, strict=True)}, "")
+    parsed: dict[object, int | str] = {}
+    first: dict[type, int] = {}
+    for i, value in enumerate(values):
+        key = (type(value), value) if isinstance(value, (bool, int, float, str, np.generic)) else None
+        if key is None or key not in parsed:
+            found = _class_of(value, where(i))
+            first.setdefault(type(found), i)
+            parsed[key] = found
+    if int in first and str in first:
+        name, number = values[first[str]], values[first[int]]
+        raise DataError(
+            f"{where(first[str])}: class {name!r}, but {where(first[int])}: class {number!r}; all are to be numbers, "
+            f"or all names"
+        )
+    classes = [parsed[(type(value), value)] for value in values]
+    if int in first or not first:
+        return [int(number) for number in classes], None
+    known = tuple(sorted({str(name) for name in classes}))
+    by_name = {name: number for number, name in enumerate(known)}
+    return [by_name[str(name)] for name in classes], known
 
 
-def from_mapping(names: Sequence[str], classes: Mapping[str, str | int], place: str) -> Labels:
-    """Class numbers stay as they are; class names are numbered in sorted order."""
+def _class_of(value: object, place: str) -> int | str:
+    """A class's number, or its name."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, str) and value and not _NUMBER.fullmatch(value):
+        return value
+    wanted = "a number (0, 1, …) or a name is wanted"
+    if isinstance(value, (bool, int, float, str)) and value != "":
+        number = float(value)
+        if not number.is_integer() or not 0 <= number <= MAX_CLASS:
+            remedy = "; where −1 stands for no label, --labels none drops them" if number == -1 else ""
+            raise DataError(f"{place}: {value!r} is not a class; {wanted}{remedy}")
+        return int(number)
+    raise DataError(f"{place}: {value!r:.60} is not a class; {wanted}")
+
+
+def number_folders(names: Iterable[str]) -> tuple[dict[str, int], tuple[str, ...] | None]:
+    """{folder: class number} and names: folders 0…n−1 are numbers, any others are names, sorted."""
+    names = set(names)
+    if all(re.fullmatch("[0-9]{1,9}", name) for name in names):
+        ordered = sorted(names, key=lambda name: (int(name), name))
+        if [int(name) for name in ordered] == list(range(len(ordered))):
+            return {name: int(name) for name in ordered}, None
+    else:
+        ordered = sorted(names)
+    if any(shown(name) != name for name in ordered):
+        bad = next(name for name in ordered if shown(name) != name)
+        raise DataError(f"class folder {shown(bad)}: its name is not UTF-8; rename it, or give --labels FILE or none")
+    return {name: number for number, name in enumerate(ordered)}, tuple(ordered)
+
+
+def describe_classes(labels: Iterable[int], class_names: Sequence[str] | None) -> str:
+    """ "3 classes: cat, dog, eel": their number and three names."""
+    seen = sorted(set(labels))
+    count = max(len(class_names or ()), (seen[-1] if seen else -1) + 1)
+    names = class_names if class_names else [str(number) for number in seen]
+    listed = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    absent = "" if class_names or len(seen) == count else f" ({len(seen)} of them occur)"
+    return f"{count} {'class' if count == 1 else 'classes'}{absent}: {listed}"
+
+
+def from_mapping(names: Sequence[str], classes: Mapping[str, object], place: str) -> Labels:
+    """Classes of files by {file: class}; DataError for a file that isn't there."""
     missing = next((name for name in names if name not in classes), None)
     if missing is not None:
-        raise DataError(f"--labels {place}: {missing} has no class there (of {len(names)} files)")
-    values = [classes[name] for name in names]
-    for name, value in zip(names, values, strict=True):
-        if not isinstance(value, (int, str)) or value == "":
-            raise DataError(
-                f"--labels {place}: {name}: {value!r} is not a class; a number (0, 1, …) or a name is wanted"
-            )
-    try:
-        numbers = [int(value) for value in values]
-    except ValueError:
-        known = tuple(sorted({str(value) for value in values}))
-        by_name = {name: number for number, name in enumerate(known)}
-        return [by_name[str(value)] for value in values], known
-    if min(numbers, default=0) < 0:
-        raise DataError(f"--labels {place}: class {min(numbers)}; classes are 0, 1, …")
-    return numbers, None
+        raise DataError(f"{place}: {shown(missing)} has no class there (of {len(names)} files)")
+    return number_classes([classes[name] for name in names], lambda i: f"{place}: {shown(names[i])}")
 
 
-def read_labels(path: str) -> dict[str, str | int]:
+def read_labels(path: str) -> dict[str, object]:
+    """{file: class} of a CSV or JSON file."""
     with open_input(path, "a CSV or JSON file of labels") as file:
         data = file.read()
-    try:
-        text = data.decode("utf-8-sig")
-        if path.endswith(".json"):
-            values = json.loads(text)
-            pairs = values["labels"] if isinstance(values, dict) and "labels" in values else values
-            return dict(pairs.items() if isinstance(pairs, dict) else pairs)
-        rows = [row for row in csv.reader(io.StringIO(text)) if row]
-        if not rows or min(len(row) for row in rows) < 2:
-            raise ValueError("each line is file,class")
-    except (ValueError, TypeError, UnicodeError) as error:
-        raise DataError(f"--labels {path}: {error}; a CSV with file,class or a JSON object {{file: class}}") from None
-    # A header names its columns; a line of data has a file name with an extension.
-    body = rows[1:] if "." not in rows[0][0] else rows
-    return {row[0].strip(): row[1].strip() for row in body}
+    place = f"--labels {path}"
+    if path.lower().endswith(".json"):
+        found = parse_json(data, place)
+        if found is None:
+            raise DataError(f"{place}: its labels are null; --labels none says that there are none")
+        return found
+    return _parse_csv(data, place)
+
+
+def parse_json(data: bytes, place: str) -> dict[str, object] | None:
+    """{file: class} of {file: class}, or of EDM's and StyleGAN's {"labels": [[file, class], …] or null}."""
+    with reading(place, "a JSON object {file: class}"):
+        values: Any = json.loads(data.decode("utf-8-sig"), object_pairs_hook=lambda pairs: _once(pairs, place))
+        pairs = values["labels"] if isinstance(values, dict) and "labels" in values else values
+        if pairs is None:
+            return None
+        if isinstance(pairs, list):
+            if not all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+                raise ValueError("labels is to be a list of [file, class]")
+            pairs = _once([tuple(pair) for pair in pairs], place)
+        if not isinstance(pairs, dict):
+            raise ValueError(f"it is {str(pairs)[:40]!r}")
+        return {_tidy(name): value for name, value in pairs.items()}
+
+
+def _parse_csv(data: bytes, place: str) -> dict[str, object]:
+    with reading(place, "a CSV with file,class or a JSON object {file: class}"):
+        lines = enumerate(csv.reader(io.StringIO(data.decode("utf-8-sig")), strict=True), start=1)
+        rows = [(number, [cell.strip() for cell in row]) for number, row in lines if any(row)]
+    if not rows:
+        raise DataError(f"{place}: it is empty; a CSV with file,class is wanted")
+    head = [cell.lower() for cell in rows[0][1]]
+    columns = (0, 1)
+    if len(head) > 2:
+        found = [
+            next((i for i, cell in enumerate(head) if cell in known), None) for known in (FILE_COLUMNS, CLASS_COLUMNS)
+        ]
+        if None in found:
+            raise DataError(
+                f"{place}: {len(head)} columns ({', '.join(head)[:60]}); with more than two, a first line is to name "
+                f"them: file and class"
+            )
+        columns = (found[0], found[1])  # type: ignore[assignment]
+    for number, row in rows:
+        if len(row) != len(head) or len(row) < 2:
+            raise DataError(f"{place}: line {number} has {len(row)} columns; each line is file,class")
+    # A first line that names the columns is no file of the input, so it does no harm.
+    return _once([(_tidy(row[columns[0]]), row[columns[1]]) for _, row in rows], place)
+
+
+def _once(pairs: Iterable[tuple[Any, Any]], place: str) -> dict[Any, Any]:
+    """The pairs as a dict; DataError for a name that has two different values."""
+    found: dict[Any, Any] = {}
+    for name, value in pairs:
+        if name in found and found[name] != value:
+            raise DataError(f"{place}: {name} stands twice, with {found[name]!r:.40} and {value!r:.40}")
+        found[name] = value
+    return found
+
+
+def _tidy(name: str) -> str:
+    return name.replace("\\", "/").removeprefix("./").lstrip("/")

@@ -1,81 +1,35 @@
-"""Images in containers of records: Parquet as Hugging Face lays it out, LSUN's LMDB, data sets with an index."""
+"""Images in containers of records: LSUN's LMDB, data sets with an index."""
 
-import json
+import subprocess
+import sys
 from bisect import bisect_right
-from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-from ddpm_dist import storage
 from ddpm_dist.data.fetch import ShardReader
 from ddpm_dist.data.index import NO_LABEL, load_index
-from ddpm_dist.data.sources.base import Item, existing, open_input
+from ddpm_dist.data.sources.base import Item, existing, normal, reading
 from ddpm_dist.errors import DataError
 
-IMAGE_COLUMNS = ("image", "img")
-LABEL_COLUMNS = ("label", "labels", "fine_label")
-GROUPS_KEPT = 2
 LMDB_MAP_BYTES = 2**42
+LMDB_LIMIT_S = 3600.0
 
-
-class Parquet:
-    """Rows of Parquet files: an image column (bytes, or {bytes, path}) and perhaps a label column.
-
-    A row is read with its whole row group, so shards take runs of rows.
-    """
-
-    def __init__(self, inputs: Sequence[str], labels: str | None) -> None:
-        try:
-            import pyarrow as arrow
-            import pyarrow.parquet as parquet
-        except ImportError:
-            raise DataError("parquet: pip install pyarrow, which reads it") from None
-        paths = [file for path in inputs for file in _files_below(path, ".parquet")]
-        if not paths:
-            raise DataError(f"parquet: no .parquet file at {', '.join(inputs)}")
-        try:
-            self._files = [parquet.ParquetFile(open_input(path, "a Parquet file")) for path in paths]
-        except arrow.ArrowException as error:
-            raise DataError(f"{paths[0]}: not Parquet: {error}") from None
-        columns = self._files[0].schema_arrow.names
-        self._image = _column(columns, IMAGE_COLUMNS, paths[0])
-        self._label = None if labels == "none" else next((name for name in LABEL_COLUMNS if name in columns), None)
-        self._groups = [(f, g) for f, file in enumerate(self._files) for g in range(file.metadata.num_row_groups)]
-        self._starts = [0]
-        for f, g in self._groups:
-            self._starts.append(self._starts[-1] + self._files[f].metadata.row_group(g).num_rows)
-        self.run = max(1, self._starts[-1] // max(1, len(self._groups)))
-        self.class_names = self._names_in(self._files[0].schema_arrow.metadata or {})
-        self.about = {"source": ", ".join(Path(path).name for path in paths[:3])}
-        self._rows = lru_cache(maxsize=GROUPS_KEPT)(self._read_group)
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def __getitem__(self, i: int) -> Item:
-        group = bisect_right(self._starts, i) - 1
-        row = self._rows(group)[i - self._starts[group]]
-        image = row[self._image]
-        name = ""
-        if isinstance(image, dict):
-            name, image = Path(image.get("path") or "").name, image.get("bytes")
-        label = row[self._label] if self._label else None
-        return Item(name, image or b"", None if label is None else int(label))
-
-    def _read_group(self, group: int) -> list[dict[str, Any]]:
-        f, g = self._groups[group]
-        columns = [self._image, *([self._label] if self._label else [])]
-        rows: list[dict[str, Any]] = self._files[f].read_row_group(g, columns=columns).to_pylist()
-        return rows
-
-    def _names_in(self, metadata: dict[bytes, bytes]) -> tuple[str, ...] | None:
-        """Hugging Face's class names, where its metadata have them."""
-        try:
-            features = json.loads(metadata[b"huggingface"])["info"]["features"]
-            return tuple(features[self._label]["names"])
-        except (KeyError, ValueError, TypeError):
-            return None
+_PROBE = f"""
+import os, sys, lmdb
+env = lmdb.open(sys.argv[1], readonly=True, lock=False, readahead=False, subdir=False, map_size={LMDB_MAP_BYTES})
+bytes_said, bytes_there = (env.info()["last_pgno"] + 1) * env.stat()["psize"], os.path.getsize(sys.argv[1])
+if bytes_there < bytes_said:
+    sys.exit(f"truncated: {{bytes_there}} bytes, {{bytes_said}} belong to it")
+left = env.stat()["entries"]
+with env.begin(buffers=True) as txn, txn.cursor() as cursor:
+    for key, value in cursor.iternext():
+        left -= 1
+        bytes(key), bytes(value[:1]), bytes(value[-1:])
+        if left < 0:
+            break
+if left:
+    sys.exit("it has another number of entries than it says")
+"""
+"""Walks a whole LMDB as it will be read. The library trusts what lies on the disk: a damaged page kills its process."""
 
 
 class Lsun:
@@ -90,14 +44,25 @@ class Lsun:
         except ImportError:
             raise DataError("lsun: pip install lmdb, which reads it") from None
         root = existing(path, "LSUN's LMDB folder (it holds data.mdb)")
-        try:
+        file = root / "data.mdb" if root.is_dir() else root
+        if not file.is_file():
+            raise DataError(f"{path}: holds no data.mdb; LSUN's LMDB folder is expected there")
+        _probe(file, path)
+        with reading(path, "an LMDB"):
             self._environment = lmdb.open(
-                str(root), readonly=True, lock=False, readahead=False, subdir=root.is_dir(), map_size=LMDB_MAP_BYTES
+                str(file), readonly=True, lock=False, readahead=False, subdir=False, map_size=LMDB_MAP_BYTES
             )
-            with self._environment.begin() as transaction, transaction.cursor() as cursor:
-                self._keys = [bytes(key) for key in cursor.iternext(keys=True, values=False)]
-        except lmdb.Error as error:
-            raise DataError(f"{path}: not an LMDB: {error}") from None
+        self._sizes: list[int] = []
+        self._keys: list[bytes] = []
+        with (
+            reading(path, "an LMDB"),
+            self._environment.begin(buffers=True) as transaction,
+            transaction.cursor() as cursor,
+        ):
+            for key, value in cursor.iternext():
+                self._keys.append(bytes(key))
+                self._sizes.append(len(value))
+        self.notes: tuple[str, ...] = ("no labels",)
         self.about = {"source": f"LSUN, {root.name}"}
 
     def __len__(self) -> int:
@@ -107,18 +72,37 @@ class Lsun:
         with self._environment.begin() as transaction:
             return Item(self._keys[i].decode("ascii", "replace"), transaction.get(self._keys[i]) or b"")
 
+    def fingerprint(self, i: int) -> bytes:
+        return self._keys[i] + f"\0{self._sizes[i]}".encode()
+
+
+def _probe(file: Path, path: str) -> None:
+    command = [sys.executable, "-P", "-c", _PROBE, str(file)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=LMDB_LIMIT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise DataError(f"{path}: walking it took more than {LMDB_LIMIT_S:.0f} s; it is damaged, or too slow") from None
+    if done.returncode < 0:
+        raise DataError(f"{path}: damaged: it leads the LMDB library astray (signal {-done.returncode})")
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise DataError(f"{path}: damaged, or not an LMDB: {reason[0]}")
+
 
 class Indexed:
     """A WebDataset that has an index (ddpm-shards index makes one): to resize, convert or shuffle it anew."""
 
     def __init__(self, url: str) -> None:
-        index = load_index(url)
-        self._reader = ShardReader(index)
+        index = load_index(url if "://" in url else f"file://{normal(url)}")
+        self._reader, self._content = ShardReader(index), index.content_id
         self._starts = [0]
         for shard in index.shards:
             self._starts.append(self._starts[-1] + shard.samples)
         self.run = 1
         self.class_names = index.schema.class_names
+        self.notes: tuple[str, ...] = (f"{index.num_classes} classes" if index.num_classes else "no labels",)
         self.about = {key: str(value) for key, value in index.about.items()}
 
     def __len__(self) -> int:
@@ -129,18 +113,5 @@ class Indexed:
         sample = self._reader.sample(shard, i - self._starts[shard])
         return Item(sample.key, sample.image, None if sample.label == NO_LABEL else sample.label)
 
-
-def _files_below(path: str, extension: str) -> list[str]:
-    """The file itself, or the files of an extension below a folder, in order."""
-    if path.endswith(extension):
-        return [path]
-    if "://" in path:
-        return [storage.join(path, name) for name in storage.list_objects(path) if name.endswith(extension)]
-    return sorted(str(file) for file in existing(path, f"a folder of {extension} files").rglob(f"*{extension}"))
-
-
-def _column(columns: Sequence[str], wanted: Sequence[str], place: str) -> str:
-    found = next((name for name in wanted if name in columns), None)
-    if found is None:
-        raise DataError(f"{place}: columns {', '.join(columns)}; one called {' or '.join(wanted)} is wanted")
-    return found
+    def fingerprint(self, i: int) -> bytes:
+        return f"{self._content} {i}".encode()
