@@ -48,6 +48,9 @@ class ConfigError(DdpmDistError, ValueError):
 class StorageError(DdpmDistError):
     """An object store said no, or nothing."""
 
+    status: int | None = None
+    """HTTP status of the store's answer, where there was one."""
+
 
 class NotFoundError(StorageError):
     """No such object, folder or bucket."""

@@ -9,6 +9,7 @@ breaks those that a rule names:
 import http.client
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -96,6 +97,14 @@ class FaultyProxy:
                     return rule.fault
         return None
 
+    def refuse(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> tuple[int, bytes] | None:
+        """(status, XML) where the store is to refuse a request by its nature; see tests/picky_store.py."""
+        return None
+
+    def answer_instead(self, status: int) -> tuple[int, bytes] | None:
+        """(status, body) that takes the place of the store's answer with a status."""
+        return None
+
     def stall(self, handler: "_Handler") -> None:
         """Holds a connection until the client leaves it, or the proxy ends."""
         handler.connection.settimeout(0.1)
@@ -140,6 +149,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _pass_on(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        refused = self.owner.refuse(self.command, self.path, self.headers, body)
+        if refused is not None:
+            self._answer(*refused)
+            return
         fault = self.owner.fault_for(self.command, self.path)
         if fault in (Fault.UNAVAILABLE, Fault.INTERNAL):
             self._refuse(fault)
@@ -157,6 +170,10 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is Fault.LOST_ANSWER:
             self._note(fault, 0)
             self._leave()
+            return
+        instead = self.owner.answer_instead(answer.status)
+        if instead is not None:
+            self._answer(*instead)
             return
         self._send(answer, content, fault)
 
@@ -203,6 +220,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _refuse(self, fault: Fault) -> None:
         status, code = (503, "SlowDown") if fault is Fault.UNAVAILABLE else (500, "InternalError")
         content = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>injected</Message></Error>".encode()
+        self._answer(status, content, fault)
+
+    def _answer(self, status: int, content: bytes, fault: Fault | None = None) -> None:
         self._note(fault, len(content))
         self.send_response_only(status)
         self.send_header("Content-Type", "application/xml")

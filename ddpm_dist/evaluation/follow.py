@@ -134,6 +134,6 @@ def _evaluate_one(cfg: Config, order: Order, folder: str, step: int, workers: tu
         return False
     if result["step"] != step:
         raise EvaluationError(f"{storage.redact(url)}: its info says step {result['step']}; was it renamed?")
-    storage.delete_tree(storage.join(folder, "unkept"))  # of an evaluation that was killed at its end
+    storage.discard(storage.join(folder, "unkept"))  # of an evaluation that was killed at its end
     show(cfg, folder, order)
     return True

@@ -67,7 +67,7 @@ def evaluate(order: Order, pool: ActorPool, most_workers: int, cluster: ClusterC
     began = time.monotonic()
     sampling_job.run([drawn], (1, most_workers), cluster, pool)
     result = _evaluate(order, samples, compare, sampling_seconds=time.monotonic() - began)
-    storage.delete_tree(samples)
+    storage.discard(samples)
     return result
 
 

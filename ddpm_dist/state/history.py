@@ -111,7 +111,7 @@ def read_claim(url: str, attempt: int) -> Claim:
 def claim(url: str, attempt: int, valid: Sequence[fmt.StateId], began: float | None = None) -> Claim:
     """Creates `owner/<attempt>`, which continues the newest of the valid states; ClaimError if somebody else just did.
 
-    began: Unix time of the run's first claim; None: this one.
+    began: Unix time of the run's first claim; None: this one. StorageError if the store can't create once.
     """
     now = time.time()
     made = Claim(max(valid, default=None), now, now if began is None else began, fmt.last_of_each(valid))
@@ -126,10 +126,13 @@ def claim(url: str, attempt: int, valid: Sequence[fmt.StateId], began: float | N
         "time": now,
         "unique": uuid.uuid4().hex,
     }
-    if not storage.create(_owner_url(url, attempt), json.dumps(record).encode()):
+    place = _owner_url(url, attempt)
+    if not storage.create(place, json.dumps(record).encode()):
         raise ClaimError(
             f"{storage.redact(url)}: another job claimed this run at this moment; give one of both another run.url"
         )
+    # Which attempt counts rests on this alone, so the store shows that it keeps it: a second create has to fail.
+    storage.check_create(place, json.dumps({**record, "unique": uuid.uuid4().hex}).encode())
     return made
 
 

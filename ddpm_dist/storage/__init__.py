@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from ddpm_dist.storage.objects import (
         abort_uploads as abort_uploads,
         check_access as check_access,
-        create as create,
         delete as delete,
         delete_tree as delete_tree,
+        discard as discard,
         exists as exists,
         join as join,
         list_names as list_names,
@@ -32,14 +32,16 @@ if TYPE_CHECKING:
         size as size,
         upload as upload,
     )
+    from ddpm_dist.storage.once import check_create as check_create, create as create
     from ddpm_dist.storage.sessions import preload as preload
 
 __all__, _named = lazily(
     __name__,
     errors="PATIENCE_S redact",
     filesystem="CONNECT_TIMEOUT_S READ_TIMEOUT_S clear_instances",
-    objects="abort_uploads check_access create delete delete_tree exists "
+    objects="abort_uploads check_access delete delete_tree discard exists "
     "join list_names list_objects publish read read_range signed_url size upload",
+    once="check_create create",
     sessions="preload",
 )
 if not TYPE_CHECKING:

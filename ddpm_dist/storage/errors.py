@@ -20,6 +20,8 @@ from ddpm_dist.errors import (
     UnreachableError,
     without_url_secrets,
 )
+from ddpm_dist.storage import identity, remedies
+from ddpm_dist.storage.remedies import causes
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -27,15 +29,30 @@ log = logging.getLogger(__name__)
 PATIENCE_S = 60.0
 """Default time in which an outage of the store may end."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
+WEB_PAGE = "a web page (HTML) answered, no S3; is the endpoint a console, or a login between here and there?"
 
 _SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 SHORTEST_SECRET = 6
 """A shorter value, as of an emulator's user "any", is part of ordinary words."""
-_HOPELESS_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.EFBIG}
 _TRANSIENT_CODES = {"RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "OperationAborted"}
 """Answers with a status below 500 that say that the way to the store failed, not the request."""
 _TRANSIENT_STATUS = {408, 409, 425, 429}
+_HOPELESS_STATUS = {501, 505, 511}
+"""Answers with a status from 500 on that waiting doesn't change: not implemented, not this HTTP, log in first."""
 _ACCESS_CODES = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired", "AuthorizationHeaderMalformed"}
+_TRANSIENT_ERRNO = {
+    errno.EAGAIN, errno.EBUSY, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTDOWN,
+    errno.EHOSTUNREACH, errno.EINTR, errno.EIO, errno.EMFILE, errno.ENETDOWN, errno.ENETRESET, errno.ENETUNREACH,
+    errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOTCONN, errno.EPIPE, errno.ESTALE, errno.ETIMEDOUT,
+}  # fmt: skip
+_TRANSIENT_TYPES = {
+    "ConnectionError", "TimeoutError", "gaierror", "IncompleteRead", "IncompleteReadError", "ClientConnectionError",
+    "ClientPayloadError", "ConnectionClosedError", "ReadTimeoutError", "ResponseStreamingError", "ResponseParserError",
+    "FlexibleChecksumError", "ChecksumError", "HttpProcessingError", "ServiceRequestError", "ServiceResponseError",
+    "TransportError", "ServerError",
+}  # fmt: skip
+"""Names, of their own or of a base, of exceptions by which fsspec's back ends say that a connection failed. What is
+neither here nor an answer of a store is not waited for: nobody knows whether it can pass."""
 
 
 def retry(action: Callable[[], T], url: str, patience_s: float = PATIENCE_S, level: int = logging.WARNING) -> T:
@@ -69,41 +86,74 @@ def retry(action: Callable[[], T], url: str, patience_s: float = PATIENCE_S, lev
 
 def classify(error: BaseException, url: str) -> StorageError:
     """The StorageError that says what an exception of a back end means; UnreachableError if waiting can help."""
-    place, text = redact(url), redact(str(error))
     code, status = answer_of(error)
+    found = _meaning(error, code, status, redact(url), redact(str(error)))
+    found.status = status
+    return found
+
+
+def _meaning(error: BaseException, code: str, status: int | None, place: str, text: str) -> StorageError:
     if code == "NoSuchBucket":
         return NotFoundError(f"{place}: there is no bucket {_bucket(place)}; create it or correct the URL")
     if isinstance(error, FileNotFoundError):
         return NotFoundError(f"{place}: not found")
-    if code == "RequestTimeTooSkewed":
-        return AccessError(f"{place}: access refused: this node's clock differs too much from the store's; set it")
-    if isinstance(error, PermissionError) or status in (401, 403) or code in _ACCESS_CODES or _lacks_credentials(error):
+    if is_web_page(error):
+        return (UnreachableError if status in (500, 502, 503, 504) else AccessError)(f"{place}: {WEB_PAGE}{_at(place)}")
+    known = remedies.known(error, code, text, place.startswith("s3://"))
+    if known is not None:
+        return AccessError(f"{place}: {known}")
+    if isinstance(error, PermissionError) or status in (401, 403) or code in _ACCESS_CODES:
         return AccessError(f"{place}: access refused ({text.rstrip('.')}){_access_remedy(place)}")
-    if status is not None and status < 500 and status not in _TRANSIENT_STATUS and code not in _TRANSIENT_CODES:
-        return StorageError(f"{place}: the store answered {status} {code}: {text}")
     if status is not None:
-        return UnreachableError(f"{place}: the store answered {status} {code}: {text}")
+        waits = status in _TRANSIENT_STATUS or code in _TRANSIENT_CODES or status >= 500
+        hopeless = not waits or status in _HOPELESS_STATUS
+        return (StorageError if hopeless else UnreachableError)(f"{place}: the store answered {status} {code}: {text}")
     if isinstance(error, ValueError) and str(error).startswith("Invalid endpoint"):
-        return StorageError(f"AWS_ENDPOINT_URL: {_endpoint()!r} is no endpoint; write http://HOST:PORT or https://HOST")
-    if isinstance(error, (IsADirectoryError, NotADirectoryError, FileExistsError, ValueError, TypeError)):
-        return StorageError(f"{place}: {text or type(error).__name__}")
-    if isinstance(error, OSError) and error.errno in _HOPELESS_ERRNO:
-        return StorageError(f"{place}: {error.strerror or text}")
-    if type(error).__name__ in ("ParamValidationError", "ProfileNotFound", "InvalidEndpointConfigurationError"):
-        return StorageError(f"{place}: {text}")
-    at = f"; AWS_ENDPOINT_URL is {_endpoint()}" if _endpoint() and place.startswith("s3://") else ""
+        return StorageError(
+            f"AWS_ENDPOINT_URL: {redact(identity.endpoint() or '')!r} is no endpoint; write http://HOST:PORT or "
+            "https://HOST"
+        )
     if isinstance(error, TimeoutError):
-        return UnreachableError(f"{place}: no answer from the store in time{at}")
-    return UnreachableError(f"{place}: the store doesn't answer as it should ({type(error).__name__}: {text}){at}")
+        return UnreachableError(f"{place}: no answer from the store in time{_at(place)}")
+    if _is_transient(error):
+        reason = f"{type(error).__name__}: {text}"
+        return UnreachableError(f"{place}: the store doesn't answer as it should ({reason}){_at(place)}")
+    if isinstance(error, OSError) and error.errno is not None:
+        return StorageError(f"{place}: {error.strerror or text}")
+    return StorageError(f"{place}: {text or type(error).__name__}")
+
+
+def _is_transient(error: BaseException) -> bool:
+    """Whether some cause of an exception is a connection that failed."""
+    for cause in causes(error):
+        if isinstance(cause, OSError) and cause.errno in _TRANSIENT_ERRNO:
+            return True
+        if any(kind.__name__ in _TRANSIENT_TYPES for kind in type(cause).__mro__):
+            return True
+    return False
 
 
 def answer_of(error: BaseException) -> tuple[str, int | None]:
-    """(S3's error code, HTTP status) of the answer behind an exception of s3fs or botocore; ("", None) without one."""
+    """(S3's error code, HTTP status) of the answer behind an exception of a back end; ("", None) without one."""
     for candidate in (error, error.__cause__):
         response = getattr(candidate, "response", None)
         if isinstance(response, dict) and "Error" in response:
             return str(response["Error"].get("Code", "")), response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    for name in ("status_code", "status", "code"):  # of Azure's, of aiohttp, of Google's
+        status = getattr(error, name, None)
+        if isinstance(status, int) and 400 <= status < 600:
+            return "", status
     return "", None
+
+
+def is_web_page(error: BaseException) -> bool:
+    """Whether HTML came, where a store answers in XML: a login, a proxy's error, a console."""
+    for candidate in (error, error.__cause__):
+        response = getattr(candidate, "response", None)
+        if isinstance(response, dict):
+            headers = response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+            return str(headers.get("content-type", "")).startswith("text/html")
+    return False
 
 
 def redact(text: str) -> str:
@@ -116,24 +166,18 @@ def redact(text: str) -> str:
     return text
 
 
-def _endpoint() -> str:
-    return redact(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
-
-
-def _lacks_credentials(error: BaseException) -> bool:
-    return "Credential" in type(error).__name__ or type(error).__name__ in (
-        "TokenRetrievalError",
-        "UnauthorizedSSOTokenError",
-    )
+def _at(place: str) -> str:
+    named = identity.endpoint() if place.startswith("s3://") else None
+    return f"; AWS_ENDPOINT_URL is {redact(named)}" if named else ""
 
 
 def _access_remedy(place: str) -> str:
     if not place.startswith("s3://"):
         return ""
-    missing = [name for name in _SECRETS[:2] if not os.environ.get(name)]
-    if missing:
-        return f"; {' and '.join(missing)} not set on this node"
-    return "; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY on this node, and what they may do"
+    signed_by = identity.describe()
+    if os.environ.get("AWS_ACCESS_KEY_ID"):
+        signed_by += "; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY on this node, and what they may do"
+    return f"; asked with {signed_by}"
 
 
 def _bucket(place: str) -> str:

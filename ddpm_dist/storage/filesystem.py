@@ -13,7 +13,7 @@ from fsspec.core import url_to_fs
 
 from ddpm_dist.errors import StorageError
 from ddpm_dist.packages import absent
-from ddpm_dist.storage import sessions, signing
+from ddpm_dist.storage import identity, sessions, signing
 from ddpm_dist.storage.errors import classify, redact
 
 CONNECT_TIMEOUT_S = 5
@@ -32,26 +32,11 @@ def filesystem(url: str) -> tuple[Any, str]:
     if not colon or (protocol == "file" and not rest.startswith("/")):
         local = Path(rest if colon else url).absolute()
         raise StorageError(f"{redact(url)}: not an absolute URL; write file://{local} or s3://bucket/folder")
-    options: dict[str, Any] = {}
+    if protocol in ("s3a", "s3n"):
+        raise StorageError(f"{redact(url)}: {protocol} is Hadoop's name for it; write s3://BUCKET/FOLDER")
     if protocol == "s3" and not re.fullmatch(r"[A-Za-z0-9][\w.:-]{1,254}(/.*)?", rest, re.DOTALL):
         raise StorageError(f"{redact(url)}: names no bucket; write s3://BUCKET/FOLDER")
-    if protocol == "s3":
-        endpoint = endpoint_url()
-        if endpoint is not None and "@" in endpoint:
-            raise StorageError(
-                "AWS_ENDPOINT_URL: holds user:password@; give them as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and "
-                "write http://HOST:PORT or https://HOST"
-            )
-        options = {
-            "use_listings_cache": False,
-            "endpoint_url": endpoint,
-            "config_kwargs": {
-                "connect_timeout": CONNECT_TIMEOUT_S,
-                "read_timeout": READ_TIMEOUT_S,
-                "max_pool_connections": CONNECTIONS,
-                "retries": {"max_attempts": 0},
-            },
-        }
+    options = _s3_options() if protocol == "s3" else {}
     try:
         if protocol == "s3":
             options["session"] = sessions.session()
@@ -68,9 +53,24 @@ def filesystem(url: str) -> tuple[Any, str]:
     return fs, path
 
 
-def endpoint_url() -> str | None:
-    """The S3 endpoint that the environment names; None means Amazon's."""
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+def _s3_options() -> dict[str, Any]:
+    endpoint = identity.endpoint()
+    if endpoint is not None and "@" in endpoint:
+        raise StorageError(
+            "AWS_ENDPOINT_URL: holds user:password@; give them as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and "
+            "write http://HOST:PORT or https://HOST"
+        )
+    return {
+        "use_listings_cache": False,
+        "endpoint_url": endpoint,
+        "session": sessions.session(),
+        "config_kwargs": {
+            "connect_timeout": CONNECT_TIMEOUT_S,
+            "read_timeout": READ_TIMEOUT_S,
+            "max_pool_connections": CONNECTIONS,
+            "retries": {"max_attempts": 0},
+        },
+    }
 
 
 def is_local(fs: Any) -> bool:

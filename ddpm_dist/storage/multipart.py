@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from ddpm_dist.errors import NotFoundError
+from ddpm_dist.storage import s3
 from ddpm_dist.storage.errors import classify, retry
 
 log = logging.getLogger(__name__)
@@ -25,14 +26,17 @@ def publish(fs: Any, path: str, length: int, part: Callable[[int, int], bytes], 
     """
     bucket, _, key = path.partition("/")
     step = max(PART_BYTES, -(-length // MAX_PARTS))
-    upload_id = retry(lambda: fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key), url, patience_s)[
-        "UploadId"
-    ]
+
+    def call(method: str, **arguments: Any) -> dict[str, Any]:
+        action = partial(fs.call_s3, method, **arguments)
+        return retry(lambda: s3.write(fs, action), url, patience_s)
+
+    upload_id = call("create_multipart_upload", Bucket=bucket, Key=key)["UploadId"]
     target = {"Bucket": bucket, "Key": key, "UploadId": upload_id}
 
     def send(start: int) -> dict[str, Any]:
         body, number = part(start, min(start + step, length)), start // step + 1
-        sent = retry(lambda: fs.call_s3("upload_part", **target, PartNumber=number, Body=body), url, patience_s)
+        sent = call("upload_part", **target, PartNumber=number, Body=body)
         return {"PartNumber": number, "ETag": sent["ETag"]}
 
     try:
@@ -40,7 +44,7 @@ def publish(fs: Any, path: str, length: int, part: Callable[[int, int], bytes], 
             parts = list(pool.map(send, range(0, length, step)))
         finish = {**target, "MultipartUpload": {"Parts": parts}}
         try:
-            retry(lambda: fs.call_s3("complete_multipart_upload", **finish), url, patience_s)
+            call("complete_multipart_upload", **finish)
         except NotFoundError:
             # A completion whose answer was lost has used the upload up: then the object is there, with its tag.
             if retry(lambda: fs.info(path), url, patience_s)["ETag"].strip('"') != _tag_of(parts):

@@ -1,4 +1,4 @@
-"""Objects at fsspec URLs: read whole or by range, list, publish atomically, create once.
+"""Objects at fsspec URLs: read whole or by range, list, publish atomically.
 
 Credentials and the endpoint come from the environment of the process (AWS_ACCESS_KEY_ID,
 AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, …) and never show in an error. Transient errors are retried with
@@ -9,16 +9,16 @@ object, access denied) is raised at once. Everything here may be called from any
 import logging
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from ddpm_dist.errors import NotFoundError, ShortReadError, StorageError
-from ddpm_dist.storage import multipart, signing
+from ddpm_dist.errors import AccessError, NotFoundError, ShortReadError, StorageError
+from ddpm_dist.storage import identity, multipart, s3, signing
 from ddpm_dist.storage.errors import PATIENCE_S, answer_of, redact, retry
-from ddpm_dist.storage.filesystem import endpoint_url, filesystem, is_local, is_s3
-from ddpm_dist.storage.local import check_folder, copy_file, create_file, is_temporary, replace_file
+from ddpm_dist.storage.filesystem import filesystem, is_local, is_s3
+from ddpm_dist.storage.local import check_folder, copy_file, is_temporary, replace_file
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -32,7 +32,7 @@ def read(url: str, patience_s: float = PATIENCE_S) -> bytes:
     fs, path = filesystem(url)
     # One GET: s3fs's parallel parts would cost a HEAD, go without the store's checksum and miss short answers.
     options = {"max_concurrency": 1} if is_s3(fs) else {}
-    return retry(lambda: bytes(fs.cat_file(path, **options)), url, patience_s)
+    return _unless_missing(fs, path, url, lambda: retry(lambda: bytes(fs.cat_file(path, **options)), url, patience_s))
 
 
 def read_range(url: str, start: int, length: int, patience_s: float = PATIENCE_S) -> bytes:
@@ -55,7 +55,7 @@ def read_range(url: str, start: int, length: int, patience_s: float = PATIENCE_S
             return held
         raise ShortReadError(f"{redact(url)}: {len(data)} bytes came for {length} from byte {start}")
 
-    found = retry(attempt, url, patience_s)
+    found = _unless_missing(fs, path, url, lambda: retry(attempt, url, patience_s))
     if isinstance(found, int):
         raise ShortReadError(f"{redact(url)}: it holds {found} bytes, where {length} from byte {start} were expected")
     return found
@@ -69,7 +69,7 @@ def signed_url(url: str, seconds: int) -> str | None:
     fs, path = filesystem(url)
     if not is_s3(fs):
         return None
-    endpoint = endpoint_url()
+    endpoint = identity.endpoint()
     signed = signing.sign(endpoint, path, seconds) if endpoint else None
     try:
         return signed or str(fs.sign(path, expiration=seconds))
@@ -80,7 +80,7 @@ def signed_url(url: str, seconds: int) -> str | None:
 def size(url: str, patience_s: float = PATIENCE_S) -> int:
     """Bytes of an object."""
     fs, path = filesystem(url)
-    info = retry(lambda: fs.info(path), url, patience_s)
+    info = _unless_missing(fs, path, url, lambda: retry(lambda: fs.info(path), url, patience_s))
     if info["type"] == "directory":
         raise NotFoundError(f"{redact(url)}: a folder, where an object was expected")
     return int(info["size"])
@@ -98,6 +98,8 @@ def exists(url: str, patience_s: float = PATIENCE_S) -> bool:
 def list_objects(url: str, patience_s: float = PATIENCE_S) -> dict[str, int]:
     """{path below url: bytes} of all objects below a folder, sorted; empty if there is none."""
     fs, path = filesystem(url)
+    if is_s3(fs):
+        return dict(sorted(retry(lambda: s3.sizes(fs, path), url, patience_s).items()))
     prefix = path.rstrip("/") + "/"
     found = _listing(lambda: fs.find(path, withdirs=False, detail=True), {}, url, patience_s)
     names = [name for name in sorted(found) if name.startswith(prefix) and not name.endswith("/")]
@@ -107,6 +109,8 @@ def list_objects(url: str, patience_s: float = PATIENCE_S) -> dict[str, int]:
 def list_names(url: str, patience_s: float = PATIENCE_S) -> list[str]:
     """Names of objects and folders directly below a folder, sorted; empty if there is none."""
     fs, path = filesystem(url)
+    if is_s3(fs):
+        return sorted(retry(lambda: s3.names(fs, path), url, patience_s))
     prefix = path.rstrip("/") + "/"
     found = _listing(lambda: fs.ls(path, detail=False), [], url, patience_s)
     names = {name.removeprefix(prefix).rstrip("/") for name in found if name.startswith(prefix)}
@@ -125,7 +129,7 @@ def publish(url: str, data: bytes | memoryview, patience_s: float = PATIENCE_S) 
     elif is_s3(fs) and view.nbytes > multipart.PART_BYTES:
         multipart.publish(fs, path, view.nbytes, lambda start, end: bytes(view[start:end]), url, patience_s)
     else:
-        retry(lambda: fs.pipe_file(path, bytes(view)), url, patience_s)
+        retry(lambda: put(fs, path, bytes(view)), url, patience_s)
 
 
 def upload(local: str | Path, url: str, patience_s: float = PATIENCE_S) -> None:
@@ -145,28 +149,6 @@ def upload(local: str | Path, url: str, patience_s: float = PATIENCE_S) -> None:
         publish(url, Path(local).read_bytes(), patience_s)
 
 
-def create(url: str, data: bytes, patience_s: float = PATIENCE_S) -> bool:
-    """Writes an object if there is none; False if there was. Of many who try at once, one succeeds.
-
-    After a lost answer the object can be our own: it is then compared, so `data` should be unique.
-    """
-    fs, path = filesystem(url)
-
-    def attempt() -> bool:
-        try:
-            if is_local(fs):
-                create_file(path, data)
-            else:
-                fs.pipe_file(path, data, mode="create")
-        except OSError as error:
-            if isinstance(error, FileExistsError) or answer_of(error)[1] == 412:
-                return bool(fs.cat_file(path) == data)
-            raise
-        return True
-
-    return retry(attempt, url, patience_s)
-
-
 def delete(url: str, patience_s: float = PATIENCE_S) -> None:
     """Removes an object; silent if there is none."""
     fs, path = filesystem(url)
@@ -174,15 +156,29 @@ def delete(url: str, patience_s: float = PATIENCE_S) -> None:
         retry(lambda: fs.rm_file(path), url, patience_s)
     except NotFoundError:
         pass
+    except AccessError:
+        if exists(url, patience_s):
+            raise
 
 
 def delete_tree(url: str, patience_s: float = PATIENCE_S) -> None:
-    """Removes all objects below a folder, and the folder."""
+    """Removes all objects below a folder, and the folder; AccessError if the store keeps some."""
     fs, path = filesystem(url)
+    if is_s3(fs):
+        s3.delete_all(fs, path, url, patience_s)
+        return
     try:
         retry(lambda: fs.rm(path, recursive=True), url, patience_s)
     except NotFoundError:
         pass
+
+
+def discard(url: str, patience_s: float = PATIENCE_S) -> None:
+    """`delete_tree` for what nobody needs any more: work that is done doesn't fail for want of tidiness."""
+    try:
+        delete_tree(url, patience_s)
+    except AccessError as error:
+        log.warning("%s stays, as the store lets nobody remove it: %s", redact(url), error)
 
 
 def abort_uploads(url: str, patience_s: float = PATIENCE_S) -> int:
@@ -202,11 +198,7 @@ def check_access(url: str, name: str | None = None, patience_s: float = 9.0) -> 
     try:
         fs, path = filesystem(url)
         if is_s3(fs):
-            bucket = path.split("/")[0]
-            # A listing, since the answer to a HEAD carries no reason. A store that is slow once is asked again.
-            options = {"Bucket": bucket, "MaxKeys": 1, "timeout": patience_s / 3}
-            ask = partial(fs.call_s3, "list_objects_v2", **options)
-            retry(ask, f"s3://{bucket}", patience_s, level=logging.DEBUG)
+            s3.check_bucket(fs, path, patience_s)
         elif is_local(fs):
             check_folder(path)
         elif url.startswith(("http://", "https://")):
@@ -217,13 +209,29 @@ def check_access(url: str, name: str | None = None, patience_s: float = 9.0) -> 
         raise type(error)(f"{name}: {error}") from None
 
 
+def put(fs: Any, path: str, data: bytes, **options: Any) -> None:
+    """One attempt at one write, other than to a local file."""
+    if is_s3(fs):
+        s3.write(fs, lambda: fs.pipe_file(path, data, **options))
+    else:
+        fs.pipe_file(path, data, **options)
+
+
+def _unless_missing(fs: Any, path: str, url: str, action: Callable[[], T]) -> T:
+    """`action()`, where a refusal of S3 to show what isn't there is a NotFoundError, as everywhere."""
+    try:
+        return action()
+    except StorageError as error:
+        if not is_s3(fs) or error.status not in s3.WITHOUT_REASON:
+            raise
+        raise s3.missing_or_refused(fs, path, url, error) from None
+
+
 def _listing(action: Callable[[], Any], empty: Any, url: str, patience_s: float) -> Any:
     def attempt() -> Any:
         try:
             return action()
-        except (FileNotFoundError, NotADirectoryError) as error:
-            if answer_of(error)[0] == "NoSuchBucket":
-                raise
+        except (FileNotFoundError, NotADirectoryError):
             return empty
 
     return retry(attempt, url, patience_s)

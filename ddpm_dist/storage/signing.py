@@ -1,4 +1,4 @@
-"""Signed URLs of S3 objects at an endpoint that the environment names, without an S3 client.
+"""Signed URLs of S3 objects at an endpoint that the user names, without an S3 client.
 
 botocore's client reads its service model before it does anything: 0.2 s of processor time, and memory that stays.
 Signing needs neither; and where an object lies at such an endpoint is no question of regions and partitions.
@@ -8,6 +8,8 @@ botocore itself is imported at the first signature: where no S3 is used, it need
 from functools import cache
 from typing import TYPE_CHECKING
 from urllib.parse import quote
+
+from ddpm_dist.storage import identity
 
 if TYPE_CHECKING:
     from botocore.credentials import Credentials
@@ -19,7 +21,7 @@ def sign(endpoint: str, path: str, seconds: int) -> str | None:
     from botocore.awsrequest import AWSRequest
     from botocore.exceptions import BotoCoreError
 
-    found = _identity()
+    found = _signer()
     if found is None:
         return None
     credentials, region = found
@@ -32,13 +34,12 @@ def sign(endpoint: str, path: str, seconds: int) -> str | None:
 
 
 @cache
-def _identity() -> "tuple[Credentials, str] | None":
+def _signer() -> "tuple[Credentials, str] | None":
     """(credentials, which renew themselves; region), unless the user's AWS configuration says how to address S3."""
     from botocore.exceptions import BotoCoreError
-    from botocore.session import Session
 
     try:
-        session = Session()
+        session = identity.session()
         credentials = session.get_credentials()
         if credentials is None or "s3" in session.get_scoped_config():
             return None
@@ -49,4 +50,5 @@ def _identity() -> "tuple[Credentials, str] | None":
 
 def forget() -> None:
     """The environment's credentials are read anew."""
-    _identity.cache_clear()
+    identity.forget()
+    _signer.cache_clear()

@@ -24,7 +24,7 @@ from typing import Any
 
 from ddpm_dist import storage
 from ddpm_dist.config import Config
-from ddpm_dist.errors import ClaimError, ConfigError, NotFoundError, StorageError
+from ddpm_dist.errors import AccessError, ClaimError, ConfigError, NotFoundError, StorageError
 from ddpm_dist.recipe import differences, dump_config, parse_config
 from ddpm_dist.state import newest_state, read_manifest
 
@@ -63,7 +63,7 @@ def adopt(cfg: Config) -> None:
         log.info("the schedule changes: %s", change)
     if old is None or dump_config(old) != text:
         storage.publish(storage.join(cfg.run.url, "config.yaml"), text.encode())
-    storage.delete(storage.join(cfg.run.url, "stop"))
+    _forget_stop(storage.join(cfg.run.url, "stop"))
 
 
 def saved_config(run_url: str) -> Config | None:
@@ -120,7 +120,10 @@ class Lease:
         self._thread.join()
         self._renew(released=True)
         if self.stop_requested:
-            storage.delete(self._stop_url)
+            try:
+                _forget_stop(self._stop_url)
+            except StorageError as error:
+                log.warning("%s", error)
 
     def _work(self) -> None:
         while not self._ended.wait(RENEW_S):
@@ -143,6 +146,14 @@ class Lease:
             "released": released,
         }
         storage.publish(self._url, json.dumps(lease).encode(), patience_s=RENEW_S)
+
+
+def _forget_stop(url: str) -> None:
+    """Removes the wish to stop, if there is one."""
+    try:
+        storage.delete(url)
+    except AccessError as error:
+        raise AccessError(f"{error}; as long as this object is there the run stops: remove it") from None
 
 
 def new_token() -> str:
