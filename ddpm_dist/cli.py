@@ -143,5 +143,6 @@ def setup_logging() -> None:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     for noisy in ("botocore", "aiobotocore", "s3fs", "fsspec", "urllib3", "asyncio", "aiohttp", "ray.data"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    for told in ("botocore.credentials", "aiobotocore.credentials"):  # with a traceback, of what our error says
-        logging.getLogger(told).setLevel(logging.CRITICAL)
+    for told in ("credentials", "tokens"):  # with a traceback, what our error says in a line
+        for library in ("botocore", "aiobotocore"):
+            logging.getLogger(f"{library}.{told}").setLevel(logging.CRITICAL)

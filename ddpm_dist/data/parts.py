@@ -5,6 +5,7 @@ anywhere. Version 0.1.0 had them in `parts`; there, what parses as ours is ours.
 """
 
 import json
+import logging
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -12,7 +13,9 @@ from dataclasses import asdict
 from ddpm_dist import storage
 from ddpm_dist.data.index import ShardInfo
 from ddpm_dist.data.writer import ShardSummary, WrittenShard
-from ddpm_dist.errors import DataError, NotFoundError
+from ddpm_dist.errors import AccessError, DataError, NotFoundError
+
+log = logging.getLogger(__name__)
 
 PARTS_FOLDER = "ddpm_dist-unfinished"
 OLD_PARTS_FOLDER = "parts"
@@ -44,7 +47,15 @@ def same_as_before(url: str, asked: bytes) -> bool:
 
 
 def delete_parts(url: str) -> None:
-    """Removes the parts, of 0.1.0 too, and their folders where nothing else is in them."""
+    """Removes the parts, of 0.1.0 too, and their folders where nothing else is in them; they stay where a store lets
+    nobody delete, and harm nothing there."""
+    try:
+        _delete_parts(url)
+    except AccessError as error:
+        log.warning("%s: what was needed to make it stays: %s", storage.redact(url), error)
+
+
+def _delete_parts(url: str) -> None:
     for folder in (OLD_PARTS_FOLDER, PARTS_FOLDER):
         place = storage.join(url, folder)
         names = [_part_url(url, number, folder) for number in _numbers(url, folder)]

@@ -63,7 +63,6 @@ def _s3_options() -> dict[str, Any]:
     return {
         "use_listings_cache": False,
         "endpoint_url": endpoint,
-        "session": sessions.session(),
         "config_kwargs": {
             "connect_timeout": CONNECT_TIMEOUT_S,
             "read_timeout": READ_TIMEOUT_S,

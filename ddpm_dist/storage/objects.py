@@ -99,7 +99,8 @@ def list_objects(url: str, patience_s: float = PATIENCE_S) -> dict[str, int]:
     """{path below url: bytes} of all objects below a folder, sorted; empty if there is none."""
     fs, path = filesystem(url)
     if is_s3(fs):
-        return dict(sorted(retry(lambda: s3.sizes(fs, path), url, patience_s).items()))
+        sizes = retry(lambda: s3.sizes(fs, path), url, patience_s)
+        return {name: sizes[name] for name in sorted(sizes) if not is_temporary(name)}
     prefix = path.rstrip("/") + "/"
     found = _listing(lambda: fs.find(path, withdirs=False, detail=True), {}, url, patience_s)
     names = [name for name in sorted(found) if name.startswith(prefix) and not name.endswith("/")]
@@ -110,7 +111,7 @@ def list_names(url: str, patience_s: float = PATIENCE_S) -> list[str]:
     """Names of objects and folders directly below a folder, sorted; empty if there is none."""
     fs, path = filesystem(url)
     if is_s3(fs):
-        return sorted(retry(lambda: s3.names(fs, path), url, patience_s))
+        return sorted(name for name in retry(lambda: s3.names(fs, path), url, patience_s) if not is_temporary(name))
     prefix = path.rstrip("/") + "/"
     found = _listing(lambda: fs.ls(path, detail=False), [], url, patience_s)
     names = {name.removeprefix(prefix).rstrip("/") for name in found if name.startswith(prefix)}

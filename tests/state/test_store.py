@@ -22,6 +22,7 @@ from ddpm_dist.state.reader import Target, read_full, read_into, read_manifest
 from ddpm_dist.state.store import StateStore
 from ddpm_dist.state.writer import StateWriter
 from tests.engine.worker_group import config
+from tests.picky_store import PickyStore
 from tools.local.s3_server import S3Server
 
 ALONE = World(0, 1, 0, torch.device("cpu"), "gloo")
@@ -463,6 +464,20 @@ def test_on_a_real_s3_server(bucket_url: str) -> None:
     assert valid == [fmt.StateId(30, 1), fmt.StateId(20, 1)]
     folders = {path.split("/")[0] for path in storage.list_objects(store.url)}
     assert sorted(folders) == ["000000020-0001", "000000030-0001", "owner"]
+
+
+@pytest.mark.parametrize("habit", ["condignored", "cond501"])
+def test_a_store_that_can_not_create_once_is_refused_at_the_claim(
+    habit: str, bucket_url: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config(f"{bucket_url}/run")
+    with PickyStore(s3_server.endpoint, habit) as store:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", store.endpoint)
+        storage.clear_instances()
+        with pytest.raises(StorageError, match="If-None-Match"):
+            attempt(cfg)
+        claims = [r for r in store.requests if r.method == "PUT" and "/owner/" in r.path]
+    assert len(claims) == 2, "one create, and one that has to fail"
 
 
 def test_an_outage_of_the_server_during_a_save_only_delays_it(s3_server: S3Server, bucket_url: str) -> None:
