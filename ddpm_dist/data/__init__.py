@@ -10,7 +10,7 @@ from ddpm_dist.lazy import lazily
 
 if TYPE_CHECKING:
     from ddpm_dist.data.decode import Pixels as Pixels, encode_png as encode_png, encode_raw as encode_raw
-    from ddpm_dist.data.foreign import DEFAULT_LABEL as DEFAULT_LABEL, index_shards as index_shards
+    from ddpm_dist.data.foreign import index_shards as index_shards
     from ddpm_dist.data.index import (
         DataIndex as DataIndex,
         ShardInfo as ShardInfo,
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from ddpm_dist.data.loader import Batch as Batch, Loader as Loader
     from ddpm_dist.data.order import share_of as share_of
+    from ddpm_dist.data.reading import Reading as Reading
     from ddpm_dist.data.sources import SOURCES as SOURCES, SourceOptions as SourceOptions
     from ddpm_dist.data.stream import DecodedSample as DecodedSample, iterate as iterate
     from ddpm_dist.data.verify import verify_shards as verify_shards
@@ -42,8 +43,9 @@ __all__, _named = lazily(
     decode="Pixels encode_png encode_raw",
     writer="EncodedSample ShardSummary WrittenShard write_index write_shard",
     view="BatchView",
-    foreign="DEFAULT_LABEL index_shards",
+    foreign="index_shards",
     verify="verify_shards",
+    reading="Reading",
     sources="SOURCES SourceOptions",
 )
 if not TYPE_CHECKING:

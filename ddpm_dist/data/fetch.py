@@ -134,7 +134,7 @@ class ShardReader:
         name = table_name(shard.name)
 
         def attempt() -> tuple[bytes | bytearray, str | None]:
-            data = self._fetch(name, shard.table_bytes, 0, shard.table_bytes)
+            data = self._fetch(name, shard.table_bytes, 0, shard.table_bytes, self.index.home)
             return data, None if content_hash(data) == shard.table_hash else "its hash is not the one in the index"
 
         table = SampleTable.from_bytes(bytes(self._until_right(name, attempt)), name)
@@ -149,10 +149,10 @@ class ShardReader:
             return self._fetch(shard.name, shard.bytes, start, length)
         return self.cache.read(shard, start, length, lambda s, n: self._fetch(shard.name, shard.bytes, s, n))
 
-    def _fetch(self, name: str, expected: int, start: int, length: int) -> bytes | bytearray:
-        """A range of an object that should have `expected` bytes."""
+    def _fetch(self, name: str, expected: int, start: int, length: int, folder: str | None = None) -> bytes | bytearray:
+        """A range of an object that should have `expected` bytes; folder: its URL, if it isn't that of the shards."""
         try:
-            data, held = self._ranges.read(storage.join(self.index.url, name), start, length)
+            data, held = self._ranges.read(storage.join(folder or self.index.url, name), start, length)
         except NotFoundError:
             raise ShardError(f"{self._place(name)}: missing, but in the index; {REMEDY}") from None
         except ShortReadError as error:

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,8 @@ TABLE_FOLDER = "index"
 INDEX_FORMAT = "ddpm_dist data index 1"
 TABLE_MAGIC = b"ddpm_dist samples 1\n"
 NO_LABEL = -1
-LEFT_OUT = "left_out"
-"""Key of an index's `about` under which index_shards keeps {shard: why it isn't in the index}."""
+LEFT_OUT, KEYS = "left_out", "keys"
+"""Keys of an index's `about`: {shard: why index_shards left it out}; where keys end, if not at the first dot."""
 MAX_SHARD_BYTES = 2**40
 
 ROW = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4"), ("label", "<i4"), ("key_end", "<u4")])
@@ -103,6 +103,13 @@ class DataIndex:
     schema: Schema
     about: Mapping[str, Any] = field(default_factory=dict)
     """Free notes, such as source and licence; not part of the content id."""
+    at: str | None = None
+    """Where the index and its tables lie; None: with the shards."""
+
+    @property
+    def home(self) -> str:
+        """URL of the folder with the index and its tables."""
+        return self.at or self.url
 
     @property
     def num_samples(self) -> int:
@@ -140,7 +147,7 @@ class DataIndex:
         if unknown:
             raise ConfigError(f"data.exclude_shards: {sorted(unknown)[0]!r} is not a shard of {self.url}")
         shards = tuple(shard for shard in self.shards if shard.name not in left_out)
-        return DataIndex(self.url, shards, self.schema, self.about)
+        return replace(self, shards=shards)
 
 
 def table_name(shard: str) -> str:
@@ -150,7 +157,7 @@ def table_name(shard: str) -> str:
 
 def save_index(index: DataIndex) -> None:
     """Publishes `index.json`; the same index gives the same bytes. One line a shard, for people and diffs."""
-    storage.publish(storage.join(index.url, INDEX_NAME), index_bytes(index))
+    storage.publish(storage.join(index.home, INDEX_NAME), index_bytes(index))
 
 
 def index_bytes(index: DataIndex) -> bytes:
@@ -175,17 +182,18 @@ def index_bytes(index: DataIndex) -> bytes:
     return (json.dumps(head, indent=1)[:-2] + ',\n "shards": [\n' + rows + "\n]\n}\n").encode()
 
 
-def load_index(url: str, name: str | None = None) -> DataIndex:
+def load_index(url: str, name: str | None = None, at: str | None = None) -> DataIndex:
     """The index of the data set at a URL; NotFoundError, DataError say what to do where there is none.
 
-    name: the key or argument that holds the URL, for the message.
+    name: the key or argument that holds the URL, for the message. at: folder of the index, if it isn't with the shards.
     """
-    place = storage.redact(storage.join(url, INDEX_NAME))
+    home = at or url
+    place = storage.redact(storage.join(home, INDEX_NAME))
     try:
         with closing(RangeReader()) as reader:
-            data = reader.read_whole(storage.join(url, INDEX_NAME))
+            data = reader.read_whole(storage.join(home, INDEX_NAME))
     except NotFoundError as error:
-        storage.check_access(url, name)
+        storage.check_access(home, name)
         plan = plan_at(url)
         if plan:
             raise DataError(
@@ -209,7 +217,7 @@ def load_index(url: str, name: str | None = None) -> DataIndex:
         raise DataError(f"{place}: altered: its content is {index.content_id}, it says {content_id}")
     if not index.num_samples:
         raise DataError(f"{place}: the data set is empty; ddpm-shards make writes one")
-    return DataIndex(url, index.shards, index.schema, about)
+    return DataIndex(url, index.shards, index.schema, about, at)
 
 
 def _schema(values: Mapping[str, Any]) -> Schema:

@@ -9,7 +9,7 @@ from functools import partial
 from ddpm_dist import storage
 from ddpm_dist.data import tar
 from ddpm_dist.data.decode import BadSampleError, decode
-from ddpm_dist.data.index import LEFT_OUT, DataIndex, SampleTable, content_hash, load_index, table_name
+from ddpm_dist.data.index import KEYS, LEFT_OUT, DataIndex, SampleTable, content_hash, load_index, table_name
 from ddpm_dist.data.plans import PLAN_NAME, plan_at
 from ddpm_dist.data.processes import default_workers, in_processes
 from ddpm_dist.errors import DataError, NotFoundError, ShardError
@@ -26,14 +26,16 @@ class Problem:
     what: str
 
 
-def verify_shards(url: str, *, workers: int | None = None, decoded: bool = True) -> list[Problem]:
+def verify_shards(
+    url: str, *, at: str | None = None, workers: int | None = None, decoded: bool = True
+) -> list[Problem]:
     """All that is wrong with a data set that has an index; nothing is changed.
 
     Each shard's size and hash, its table's hash, the table against the tar as plain WebDataset reads it, and
     whether the images decode; the set against its plan, if make_shards made it. What index_shards left out is no
-    problem, but said in the log.
+    problem, but said in the log. at: folder of the index, if it isn't with the shards.
     """
-    index = load_index(url)
+    index = load_index(url, at=at)
     problems: list[Problem] = []
     make, numbers = partial(_Verifier, index, decoded), range(len(index.shards))
     with Progress("verify_shards", "shard", len(numbers)) as progress:
@@ -59,10 +61,11 @@ def verify_shards(url: str, *, workers: int | None = None, decoded: bool = True)
 class _Verifier:
     def __init__(self, index: DataIndex, decoded: bool) -> None:
         self._index, self._decoded = index, decoded
+        self._split = tar.KEYS[index.about.get(KEYS, tar.FIRST_DOT)]
 
     def __call__(self, number: int) -> list[Problem]:
         shard = self._index.shards[number]
-        data, table = self._read(shard.name), self._read(table_name(shard.name))
+        data, table = self._read(self._index.url, shard.name), self._read(self._index.home, table_name(shard.name))
         found = []
         if data is None:
             found.append("missing, but in the index")
@@ -78,21 +81,21 @@ class _Verifier:
             found += self._compare(shard.name, data, table)
         return [Problem(shard.name, what) for what in found]
 
-    def _read(self, name: str) -> bytes | None:
+    def _read(self, folder: str, name: str) -> bytes | None:
         try:
-            return storage.read(storage.join(self._index.url, name))
+            return storage.read(storage.join(folder, name))
         except NotFoundError:
             return None
 
     def _compare(self, name: str, data: bytes, table_data: bytes) -> Iterator[str]:
         try:
             table = SampleTable.from_bytes(table_data, name)
-            tar.walk(data, name)
+            tar.walk(data, name, self._split)
         except (ShardError, DataError) as error:
             yield str(error).removeprefix(f"{name}: ")
             return
         try:
-            samples = list(tar.read_tar(io.BytesIO(data), name))
+            samples = list(tar.read_tar(io.BytesIO(data), name, self._split))
         except Exception as error:  # WebDataset's and tarfile's own, of every kind
             yield f"WebDataset can't read it: {error.args[0] if error.args else type(error).__name__}"
             return
@@ -106,7 +109,10 @@ class _Verifier:
             if sample["__key__"] != key or (image and image not in sample.values()):
                 yield f"sample {key} is not the one that WebDataset reads there ({sample['__key__']})"
                 return
-            if self._decoded:
+            if not image and b"" not in sample.values():
+                members = ", ".join(f".{extension}" for extension in sample if not extension.startswith("__"))
+                yield f"sample {key} has no image; it holds {members}"
+            elif self._decoded:
                 try:
                     decode(image)
                 except BadSampleError as error:

@@ -1,7 +1,5 @@
 """Writes data sets: deterministic WebDataset shards, each published whole, and the index at the end."""
 
-import json
-import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,9 +21,13 @@ from ddpm_dist.data.index import (
     save_index,
     table_name,
 )
+from ddpm_dist.data.reading import REMEDY, Reading, class_of, image_of, names_among, shown_members
 from ddpm_dist.errors import DataError
 
 PATHS_SHOWN = 3
+IMAGELESS, UNREADABLE = "imageless sample", "unreadable image"
+OWN = Reading()
+"""How this project's own shards are read."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,11 @@ class ShardSummary:
     classes: int
     """Largest label + 1; 0 without labels."""
     left_out: Mapping[str, tuple[int, Sequence[str]]] = field(default_factory=dict)
-    """{what it is: (its number, some paths)} of files of the tar that belong to no sample."""
+    """{what it is: (its number, some paths)} of files that belong to no sample, and of samples without an image."""
+    names: tuple[str, ...] = ()
+    """Names of the classes of this shard, where they aren't numbers."""
+    labels: Sequence[int] | None = None
+    """Labels of the samples as first read, kept while a set of others is indexed; see `foreign`."""
 
 
 @dataclass(frozen=True)
@@ -99,28 +105,32 @@ def make_index(
     *,
     class_names: tuple[str, ...] | None = None,
     about: Mapping[str, Any] | None = None,
+    at: str | None = None,
 ) -> DataIndex:
     """As `write_index`, not published. Raises DataError where the shards don't go together."""
     shards = list(shards)
     schema = merge_schema([s.summary for s in shards if s.info.samples], class_names)
-    return DataIndex(url, tuple(s.info for s in shards), schema, about or {})
+    return DataIndex(url, tuple(s.info for s in shards), schema, about or {}, at)
 
 
-def index_tar(name: str, data: bytes, label_field: str = "cls") -> tuple[WrittenShard, SampleTable]:
-    """The table of a shard's bytes, and what the index says of it. Raises ShardError, DataError.
+def index_tar(
+    name: str, data: bytes, reading: Reading = OWN, labels: Mapping[str, object] | None = None
+) -> tuple[WrittenShard, SampleTable]:
+    """The table of a shard's bytes, and what the index says of it. Raises ShardError, DataError, ConfigError.
 
-    label_field: extension of the member that holds the class as decimal text, or `json:FIELD` for a field of the
-    .json member.
+    labels: {path or key: class}, of the reading's file. Where classes have names, a label in the table is the place of
+    its name in the summary's `names`.
     """
-    found = tar.contents(data, name)
-    samples = found.samples
-    rows = np.zeros(len(samples), ROW)
+    found = tar.contents(data, name, reading.split)
+    left_out = dict(found.left_out)
+    rows = np.zeros(len(found.samples), ROW)
     keys: list[bytes] = []
+    classes: list[int | str | None] = []
     formats: Counter[str] = Counter()
     sizes: list[tuple[int, int]] = []
     end = 0
     seen: set[str] = set()
-    for number, members in enumerate(samples):
+    for number, members in enumerate(found.samples):
         key = members[0].key
         if key in seen:
             raise DataError(
@@ -130,28 +140,37 @@ def index_tar(name: str, data: bytes, label_field: str = "cls") -> tuple[Written
         seen.add(key)
         keys.append(key.encode())
         end += len(keys[-1])
-        files = {member.extension: member for member in members}
-        image = next((files[e] for e in tar.IMAGE_EXTENSIONS if e in files), None)
-        label = _label(data, files, label_field, f"{name}: {key}")
+        image = image_of(members, reading, name)
+        if image is None:
+            left_out.setdefault(IMAGELESS, []).append(f"{key} ({shown_members(members)})")
+        classes.append(class_of(data, {member.extension: member for member in members}, reading, labels, name))
         start, size = (image.offset, image.size) if image else (members[0].offset, 0)
+        if size >= 2**32:
+            raise DataError(f"{name}: the image of sample {key} has {size} bytes; at most {2**32 - 1} can be")
         content = data[start : start + size]
-        rows[number] = (start, size, zlib.crc32(content), label, end)
+        rows[number] = (start, size, zlib.crc32(content), NO_LABEL, end)
         try:
             form, height, width = decode.describe(content)
             sizes.append((height, width))
             formats[form] += 1
-        except decode.BadSampleError:
-            pass  # the loader counts it by cause, ddpm-shards verify names it
+        except decode.BadSampleError as error:  # the loader counts it by cause, ddpm-shards verify names all
+            if image is not None:
+                left_out.setdefault(UNREADABLE, []).append(f"{key}: {error}")
+    names = names_among(classes, name)
+    numbers = {class_name: number for number, class_name in enumerate(names)}
+    rows["label"] = [_number(value, numbers) for value in classes]
     table = SampleTable(rows, b"".join(keys))
     table_data = table.to_bytes()
-    info = ShardInfo(name, len(data), len(samples), content_hash(data), len(table_data), content_hash(table_data))
+    info = ShardInfo(name, len(data), len(rows), content_hash(data), len(table_data), content_hash(table_data))
     lows = (min((h for h, _ in sizes), default=0), min((w for _, w in sizes), default=0))
     highs = (max((h for h, _ in sizes), default=0), max((w for _, w in sizes), default=0))
-    left_out = {what: (len(paths), paths[:PATHS_SHOWN]) for what, paths in found.left_out.items()}
-    classes = int(rows["label"].max(initial=NO_LABEL)) + 1
-    if classes and int(rows["label"].min()) == NO_LABEL:
-        raise DataError(f"{name}: some samples have a label ({label_field}), others don't")
-    return WrittenShard(info, ShardSummary(dict(formats), lows, highs, classes, left_out)), table
+    shown = {what: (len(paths), paths[:PATHS_SHOWN]) for what, paths in left_out.items()}
+    largest = int(rows["label"].max(initial=NO_LABEL))
+    return WrittenShard(info, ShardSummary(dict(formats), lows, highs, largest + 1, shown, tuple(names))), table
+
+
+def _number(value: int | str | None, numbers: Mapping[str, int]) -> int:
+    return NO_LABEL if value is None else numbers[value] if isinstance(value, str) else value
 
 
 def merge_schema(parts: Iterable[ShardSummary], class_names: tuple[str, ...] | None = None) -> Schema:
@@ -165,24 +184,10 @@ def merge_schema(parts: Iterable[ShardSummary], class_names: tuple[str, ...] | N
     highs = (max((p.max_size[0] for p in sized), default=0), max((p.max_size[1] for p in sized), default=0))
     classes = max((part.classes for part in parts), default=0)
     if classes and any(not part.classes for part in parts):
-        raise DataError("some shards have labels, others don't")
+        raise DataError(f"some shards have labels, others don't; {REMEDY}")
     if class_names:
         classes = max(classes, len(class_names))
     return Schema(dict(formats), lows, highs, classes or None, class_names)
-
-
-def class_number(value: Any) -> int | None:
-    """A class 0…2³¹−1 that is written as decimal text or is a whole JSON number; None for all else, such as 3.7."""
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
-    if isinstance(value, str):
-        found = re.fullmatch(r"\s*\+?([0-9]{1,20})(\.0*)?\s*", value)
-        value = int(found[1]) if found else None
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31:
-        return value
-    return None
 
 
 def _members(sample: EncodedSample) -> dict[str, bytes]:
@@ -192,23 +197,3 @@ def _members(sample: EncodedSample) -> dict[str, bytes]:
     if sample.label is not None:
         files["cls"] = str(sample.label).encode()
     return files
-
-
-def _label(data: bytes, files: Mapping[str, tar.Member], label_field: str, place: str) -> int:
-    extension, _, json_field = label_field.partition(":")
-    member = files.get(extension)
-    if member is None:
-        return NO_LABEL
-    value: Any = data[member.offset : member.offset + member.size]
-    if json_field:
-        try:
-            fields = dict(json.loads(value))
-        except (ValueError, TypeError, RecursionError):
-            raise DataError(f"{place}.json: {value[:40]!r} is not a JSON object") from None
-        if json_field not in fields:
-            raise DataError(f"{place}.json: no field {json_field!r}; it has {', '.join(fields) or 'none'}")
-        value = fields[json_field]
-    label = class_number(value)
-    if label is not None:
-        return label
-    raise DataError(f"{place}: its label ({label_field}) is {value!r:.40}; a class number (0, 1, …) is wanted")

@@ -15,6 +15,7 @@ from ddpm_dist.data.fetch import ShardReader
 from ddpm_dist.data.foreign import index_shards
 from ddpm_dist.data.index import load_index
 from ddpm_dist.data.order import Extent
+from ddpm_dist.data.reading import Reading
 from ddpm_dist.data.verify import verify_shards
 from ddpm_dist.data.writer import EncodedSample, shard_bytes, write_index, write_shard
 from ddpm_dist.errors import ConfigError, DataError, NotFoundError
@@ -66,7 +67,7 @@ def test_what_tarfile_and_other_writers_make_is_read(tmp_path: Path) -> None:
             link.type, link.linkname = tarfile.SYMTYPE, "elsewhere"
             archive.addfile(link)
     url = f"file://{tmp_path}"
-    index = index_shards(url, label_field="json:class")
+    index = index_shards(url, Reading(label="json:class"))
     assert [shard.samples for shard in index.shards] == [6, 6]
     assert index.num_classes == 6
     assert dict(index.schema.formats) == {"png": 12}
@@ -124,7 +125,7 @@ def test_index_shards_goes_on_after_the_shards_or_the_labels_have_changed(tmp_pa
 
     storage.delete(f"{url}/index.json")
     with pytest.raises(DataError, match=r"--label txt: no sample has a member \.txt"):
-        index_shards(url, label_field="txt")
+        index_shards(url, Reading(label="txt"))
     assert index_shards(url).num_classes == 4  # and not what was found under the other label
 
 
@@ -134,12 +135,12 @@ def test_labels_that_are_not_as_asked_have_clear_messages(tmp_path: Path) -> Non
     for text, message in (
         (b'{"id": 3}', r"a\.json: no field 'class'; it has id"),
         (b"[3", r"a\.json: b'\[3' is not a JSON object"),
-        (b'{"class": "cat"}', r"a: its label \(json:class\) is 'cat'; a class number"),
+        (b'{"class": "-3"}', r"a: its label \(json:class\) is '-3'; a class number"),
         (b'{"class": null}', r"a: its label \(json:class\) is None; a class number"),
     ):
         storage.publish(f"{url}/s.tar", tar.write_tar([("a", {"png": image, "json": text})]))
         with pytest.raises(DataError, match=message):
-            index_shards(url, label_field="json:class")
+            index_shards(url, Reading(label="json:class"))
 
 
 def test_what_is_no_image_is_not_a_format(tmp_path: Path) -> None:

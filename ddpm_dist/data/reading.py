@@ -1,0 +1,184 @@
+"""How the samples of a foreign tar are read: where a key ends, which member is the image, what its class is.
+
+Nothing is guessed. What can be read in two ways is a ConfigError that lists what a sample holds and what can be said.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
+
+from ddpm_dist.data import tar
+from ddpm_dist.errors import ConfigError, DataError
+
+CLS, NO_LABELS = "cls", "none"
+KEEP, RENUMBER = "keep", "renumber"
+SHOWN = 12
+REMEDY = "--label none leaves all labels out, --labels FILE says them"
+MAX_NAME = 200
+"""Characters of a class name; what is longer is a text about the image."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the user says about a set of others; the defaults are what this project's own sets need."""
+
+    KEYS: ClassVar = tuple(tar.KEYS)
+    SPARSE: ClassVar = (KEEP, RENUMBER)
+
+    label: str = CLS
+    """Extension of the member with the class, `json:FIELD` for a field of the .json member, or "none"."""
+    labels: str | None = None
+    """Instead: a CSV or JSON file of {path or key: class}."""
+    image: str | None = None
+    """Extension of the image's member, or a pattern (*.jpg) for it or for its file's name; none: the only image."""
+    keys: str = tar.FIRST_DOT
+    """Where a key ends in a file's name: one of KEYS."""
+    sparse: str | None = None
+    """What numbers with big gaps are: classes with their numbers (KEEP), or their names (RENUMBER)."""
+
+    def split(self, path: str) -> tuple[str | None, str]:
+        return tar.KEYS[self.keys](path)
+
+
+def image_of(members: Sequence[tar.Member], reading: Reading, shard: str) -> tar.Member | None:
+    """The member with a sample's image, None without one; ConfigError where it could be several."""
+    if reading.image:
+        wanted = reading.image.lower().removeprefix(".")
+        found = [m for m in members if fnmatchcase(m.extension, wanted) or fnmatchcase(_file_name(m).lower(), wanted)]
+    else:
+        found = [m for m in members if m.extension in tar.IMAGE_EXTENSIONS]
+        compound = [m for m in members if m.extension.rpartition(".")[2] in tar.IMAGE_EXTENSIONS]
+        if not found and compound:
+            raise ConfigError(
+                f"{shard}: {_holds(members)}. WebDataset ends a key at the first dot of a file's name. If it ends "
+                f"at the last one here: --keys {tar.LAST_DOT}; if these are parts of a sample: --image "
+                f"{compound[0].extension}"
+            )
+    if len(found) > 1:
+        said = f" that match --image {reading.image}" if reading.image else ""
+        raise ConfigError(
+            f"{shard}: {_holds(members)}: {len(found)} images{said}; say which one is meant, such as --image "
+            f"{found[0].extension}"
+        )
+    return found[0] if found else None
+
+
+def shown_members(members: Sequence[tar.Member]) -> str:
+    """ ".cls, .json" """
+    listed = ", ".join(f".{m.extension}" for m in members[:SHOWN])
+    return listed + (f", … ({len(members)} in all)" if len(members) > SHOWN else "")
+
+
+def _holds(members: Sequence[tar.Member]) -> str:
+    return f"sample {members[0].key} holds {shown_members(members)}"
+
+
+def _file_name(member: tar.Member) -> str:
+    return f"{member.key.rpartition('/')[2]}.{member.extension}"
+
+
+def class_of(
+    data: bytes,
+    files: Mapping[str, tar.Member],
+    reading: Reading,
+    labels: Mapping[str, object] | None,
+    shard: str,
+) -> int | str | None:
+    """The class number or class name of a sample, None without a label. Raises DataError, ConfigError.
+
+    labels: those of the reading's file.
+    """
+    key = next(iter(files.values())).key
+    if labels is not None:
+        paths = [*(f"{key}.{extension}" for extension in files), key]
+        found = next((path for path in paths if path in labels), None)
+        if found is None:
+            raise ConfigError(f"--labels {reading.labels}: has no class for {paths[0]} (in {shard}), nor for {key}")
+        return _class(labels[found], f"--labels {reading.labels}: {found}", "its class")
+    extension, _, field = reading.label.partition(":")
+    member = files.get(extension) if reading.label != NO_LABELS else None
+    if member is None:
+        return None
+    raw, place = data[member.offset : member.offset + member.size], f"{shard}: {key}"
+    if not field:
+        try:
+            value: Any = raw.decode().strip()
+        except UnicodeDecodeError:
+            value = raw
+    else:
+        try:
+            fields = dict(json.loads(raw))
+        except (ValueError, TypeError, RecursionError):
+            raise DataError(f"{place}.json: {raw[:40]!r} is not a JSON object") from None
+        if field not in fields:
+            raise DataError(f"{place}.json: no field {field!r}; it has {', '.join(fields) or 'none'}")
+        value = fields[field]
+    return _class(value, place, f"its label ({reading.label})")
+
+
+def _class(value: Any, place: str, what: str) -> int | str:
+    found = value
+    if isinstance(value, str):
+        text = value.strip()
+        number = re.fullmatch(r"\+?([0-9]{1,20})(\.0*)?", text)
+        like_a_number = re.fullmatch(r"[+-]?[0-9.]+([eE][+-]?[0-9]+)?", text)
+        if 0 < len(text) <= MAX_NAME and text.isprintable() and not like_a_number:
+            return text
+        found = int(number[1]) if number else text
+    if isinstance(found, float) and found.is_integer():
+        found = int(found)
+    if isinstance(found, int) and not isinstance(found, bool) and 0 <= found < 2**31:
+        return found
+    raise DataError(
+        f"{place}: {what} is {value!r:.40}; a class number (0, 1, …) or a class name is wanted; --label none leaves "
+        f"labels out"
+    )
+
+
+def names_among(classes: Sequence[int | str | None], shard: str) -> list[str]:
+    """The class names among the labels of a shard, sorted; empty for numbers or no labels.
+
+    DataError where some samples have no label, or numbers stand among names.
+    """
+    kinds = {type(value) for value in classes}
+    if len(kinds) > 1 and type(None) in kinds:
+        raise DataError(
+            f"{shard}: some samples have a label, others ({classes.count(None)} of {len(classes)}) don't; {REMEDY}"
+        )
+    names = sorted({value for value in classes if isinstance(value, str)})
+    if names and int in kinds:
+        number = next(value for value in classes if isinstance(value, int))
+        raise DataError(f"{shard}: labels are names ({names[0]}) and numbers ({number}), where one is wanted; {REMEDY}")
+    return names
+
+
+def refuse_captions(names: Sequence[str], samples: int) -> None:
+    """ConfigError for what says something about each image rather than its class."""
+    if len(names) > 100 and 2 * len(names) > samples:
+        raise ConfigError(
+            f"labels: {len(names)} different ones for {samples} samples ({names[0]!r:.40}, …) are no classes; --label "
+            f"none leaves them out"
+        )
+
+
+def sparse_numbers(numbers: Iterable[int], reading: Reading) -> list[int] | None:
+    """The class numbers that are to be taken for names, in order; None where they are the numbers of classes.
+
+    ConfigError where more than half, and more than 100, of the classes up to the largest would be empty.
+    """
+    there = sorted(set(numbers))
+    if not there or reading.sparse == KEEP:
+        return None
+    empty = there[-1] + 1 - len(there)
+    if reading.sparse == RENUMBER:
+        return there if empty else None
+    if empty > max(100, len(there)):
+        shown = ", ".join(map(str, there[:3])) + (", …" if len(there) > 3 else "")
+        raise ConfigError(
+            f"labels: {len(there)} numbers ({shown}) up to {there[-1]}: --sparse-labels renumber makes {len(there)} "
+            f"classes, called by their numbers; --sparse-labels keep makes {there[-1] + 1}, {empty} of them empty"
+        )
+    return None
