@@ -21,7 +21,8 @@ DdpmDistError
 │   └── PreemptedError       a node of this attempt is about to be taken away
 ├── ClusterError             too few resources, or a Ray that doesn't answer
 │   ├── WorkerRefusedError   a worker that can't do a job's tasks as the others do them
-│   └── StandbyError         no standby on this node: processes start by themselves, in seconds
+│   ├── StandbyError         no standby on this node: processes start by themselves, in seconds
+│   └── TaskFailedError      a task that failed wherever it was tried: it is to blame, not the cluster
 ├── SamplingError            a sampling job that can't be done as asked
 └── EvaluationError          a metric that can't be computed as asked
 
@@ -126,6 +127,10 @@ class WorkerRefusedError(ClusterError):
 
 class StandbyError(ClusterError):
     """A node's standby can't be started or doesn't answer; processes are then started without it."""
+
+
+class TaskFailedError(ClusterError):
+    """A task that failed wherever it was tried: it is to blame, not the cluster."""
 
 
 class SamplingError(DdpmDistError):

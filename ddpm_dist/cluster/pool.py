@@ -17,7 +17,14 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from ddpm_dist.cluster.connect import connect_ray
 from ddpm_dist.config import ClusterConfig
-from ddpm_dist.errors import ClusterError, DdpmDistError, ShortReadError, UnreachableError, WorkerRefusedError
+from ddpm_dist.errors import (
+    ClusterError,
+    DdpmDistError,
+    ShortReadError,
+    TaskFailedError,
+    UnreachableError,
+    WorkerRefusedError,
+)
 
 T = TypeVar("T", bound=Hashable)
 log = logging.getLogger(__name__)
@@ -127,7 +134,7 @@ class ActorPool:
                 failed += isinstance(outcome, Failed)
                 yield outcome
                 if isinstance(outcome, Failed) and not succeeded and failed >= HOPELESS:
-                    raise ClusterError(f"the first {failed} tasks all failed; the last one: {outcome.error}")
+                    raise TaskFailedError(f"the first {failed} tasks all failed; the last one: {outcome.error}")
             self._check_workers(waiting=bool(queue))
 
     def close(self) -> None:
@@ -181,7 +188,7 @@ class ActorPool:
                     log.warning("%s failed, try %d of %d follows: %s", task, attempts[task] + 1, MAX_ATTEMPTS, cause)
                     queue.append(task)
                 else:
-                    yield Failed(task, cause if own else ClusterError(f"{type(cause).__name__}: {cause}"))
+                    yield Failed(task, cause if own else TaskFailedError(f"{type(cause).__name__}: {cause}"))
             except RayError as error:
                 orphans = self._dismiss(member)
                 self.losses += 1
@@ -193,7 +200,7 @@ class ActorPool:
                     if losses[orphan] < MAX_LOSSES:
                         queue.appendleft(orphan)
                     else:
-                        yield Failed(orphan, ClusterError(f"{MAX_LOSSES} workers vanished over it (out of memory?)"))
+                        yield Failed(orphan, TaskFailedError(f"{MAX_LOSSES} workers vanished over it (out of memory?)"))
             else:
                 del member.running[reference]
                 yield Done(task, value)
@@ -224,7 +231,7 @@ class ActorPool:
         log.warning("worker %d is refused: %s", member.number, reason)
         self._refused.append(reason)
         if not [m for m in self._members if m is not member] and len(self._refused) >= self._maximum + 2:
-            raise ClusterError(f"every worker was refused; the last one: {reason}")
+            raise WorkerRefusedError(f"every worker was refused; the last one: {reason}")
 
     def _check_workers(self, waiting: bool) -> None:
         """Says what it waits for; gives up after cluster.wait_seconds below the minimum."""

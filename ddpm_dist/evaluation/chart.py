@@ -10,6 +10,7 @@ WIDTH, HEIGHT = 480, 240
 LEFT, RIGHT, TOP, BOTTOM = 72, 8, 10, 26
 COLOURS = 5
 MAX_POINTS = 400
+MAX_TICKS = 6
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,12 @@ class Series:
 
     name: str
     points: Sequence[tuple[float, float]]
-    """(x, y); values that aren't finite, or not positive on a logarithmic axis, are left out."""
+    """(x, y) in any order; values that aren't finite are left out, and of several at one x all but the last."""
 
 
 def line_chart(title: str, series: Sequence[Series], log: bool = False) -> str:
     """HTML of a chart with its title and legend. log: logarithmic y axis, if all values allow it."""
-    finite = [Series(s.name, [(x, y) for x, y in s.points if math.isfinite(y)]) for s in series]
+    finite = [Series(s.name, sorted({x: y for x, y in s.points if math.isfinite(y)}.items())) for s in series]
     log = log and all(y > 0 for s in finite for _, y in s.points)
     finite = [s for s in finite if s.points]
     if not finite:
@@ -39,12 +40,12 @@ def line_chart(title: str, series: Sequence[Series], log: bool = False) -> str:
         return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
     parts = []
-    for tick in _ticks(y_low, y_high):
-        value = 10**tick if log else tick
+    ticks = _log_ticks(y_low, y_high) if log else _ticks(y_low, y_high)
+    for value, label in zip(ticks, _labels(ticks), strict=True):
         y = place(x_low, value)[1]
         parts.append(f"<line class='grid' x1='{LEFT}' x2='{WIDTH - RIGHT}' y1='{y:.1f}' y2='{y:.1f}'/>")
-        parts.append(f"<text x='{LEFT - 6}' y='{y + 4:.1f}' text-anchor='end'>{_number(value)}</text>")
-    for x, anchor in ((x_low, "start"), (x_high, "end")):
+        parts.append(f"<text x='{LEFT - 6}' y='{y + 4:.1f}' text-anchor='end'>{label}</text>")
+    for x, anchor in ((x_low, "start"), (x_high, "end"))[: 2 if x_high > x_low else 1]:
         at = place(x, 10**y_low if log else y_low)[0]
         parts.append(f"<text x='{at:.1f}' y='{HEIGHT - 6}' text-anchor='{anchor}'>step {_number(x)}</text>")
     for number, s in enumerate(finite):
@@ -79,6 +80,27 @@ def _ticks(low: float, high: float) -> list[float]:
     return [round(k * step, 12) for k in range(first, math.floor(high / step) + 1)]
 
 
+def _log_ticks(low: float, high: float) -> list[float]:
+    """About 4 of 1, 2, 5 · 10^k between the limits, which are logarithms; round numbers where that is too coarse."""
+    exponents = range(math.floor(low), math.ceil(high) + 1)
+    for factors in ((1, 2, 5), (1, 3), (1,)):
+        found = [value for k in exponents for f in factors if low <= math.log10(value := f * 10.0**k) <= high]
+        if len(found) <= MAX_TICKS:
+            break
+    if len(found) > MAX_TICKS:
+        found = found[:: -(-len(found) // MAX_TICKS)]
+    return found if len(found) > 1 else _ticks(10**low, 10**high)
+
+
+def _labels(values: Sequence[float]) -> list[str]:
+    """Numbers with as many digits as tell each of them exactly."""
+    for digits in range(1, 12):
+        texts = [_number(value, digits) for value in values]
+        if all(math.isclose(float(t.replace(",", "")), v, rel_tol=1e-9) for t, v in zip(texts, values, strict=True)):
+            break
+    return texts
+
+
 def _thin(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
     """At most MAX_POINTS, means of equal groups."""
     if len(points) <= MAX_POINTS:
@@ -88,7 +110,12 @@ def _thin(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]
     return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
 
 
-def _number(value: float) -> str:
+def _number(value: float, digits: int = 4) -> str:
+    """With so many significant digits, and no zeros at its end."""
     if value and (abs(value) >= 1e6 or abs(value) < 1e-3):
-        return f"{value:.0e}".replace("e+0", "e").replace("e-0", "e-")
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"
+        mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
+        return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(exponent)}"
+    if abs(value) >= 100:
+        text = f"{value:,.{max(0, digits - len(str(int(abs(value)))))}f}"
+        return text.rstrip("0").rstrip(".") if "." in text else text
+    return f"{value:.{max(digits, 2)}g}"

@@ -12,7 +12,7 @@ import torch
 from ddpm_dist import storage
 from ddpm_dist.cluster import ActorPool, Failed
 from ddpm_dist.data import DataIndex, iterate, load_index
-from ddpm_dist.errors import EvaluationError
+from ddpm_dist.errors import DdpmDistError, EvaluationError, UnreachableError
 from ddpm_dist.evaluation import metrics, statistics
 from ddpm_dist.evaluation.distances import frechet
 from ddpm_dist.evaluation.features import FeatureNetwork, open_network
@@ -41,6 +41,11 @@ class Comparison:
     keep: int
     size: int
     channels: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(size, channels)."""
+        return self.size, self.channels
 
     def parts(self, url: str, count: int) -> list[SetPart]:
         """Parts of a set, enough for all workers and small enough to be done again."""
@@ -79,7 +84,7 @@ class Comparison:
         with Progress(f"features of {storage.redact(url)}", "image", min(count, limit)) as progress:
             for outcome in self.pool.map(tasks):
                 if isinstance(outcome, Failed):
-                    raise EvaluationError(f"{outcome.task}: {outcome.error}")
+                    raise _given_up(outcome)
                 done = 0
                 for spec, summary in outcome.value.items():
                     done = summary.count
@@ -102,12 +107,20 @@ def prepare(order: Order, pool: ActorPool, most_workers: int, shape: tuple[int, 
     size, channels = shape
     wanted = metrics.parse(name for name in order.metrics if name != BITS_PER_DIM)
     specs = network_specs(wanted, order.networks)
-    networks = {name: open_network(spec, (channels, size, size)) for name, spec in specs.items()}
+    networks = open_networks(order, shape)
     given = statistics.load_given(order.reference, size) if order.reference is not None else None
     for metric in wanted:
         metrics.check(metric, networks[metric.network], given)
     keep = metrics.KEPT if any(metric.kind in metrics.NEEDS_KEPT for metric in wanted) else 0
     return Comparison(pool, most_workers, wanted, given, specs, networks, keep, size, channels)
+
+
+def open_networks(order: Order, shape: tuple[int, int]) -> dict[str, FeatureNetwork]:
+    """The feature networks that an order's metrics use, by name, for images of (size, channels)."""
+    size, channels = shape
+    wanted = metrics.parse(name for name in order.metrics if name != BITS_PER_DIM)
+    specs = network_specs(wanted, order.networks)
+    return {name: open_network(spec, (channels, size, size)) for name, spec in specs.items()}
 
 
 def mean_bits_per_dim(order: Order, manifest: Manifest | None, compare: Comparison) -> dict[str, float]:
@@ -121,7 +134,7 @@ def mean_bits_per_dim(order: Order, manifest: Manifest | None, compare: Comparis
     with Progress("bits/dim", "image", total) as progress:
         for outcome in compare.pool.map(tasks):
             if isinstance(outcome, Failed):
-                raise EvaluationError(f"{outcome.task}: {outcome.error}")
+                raise _given_up(outcome)
             sums += outcome.value
             progress.add(outcome.value[0], counted(compare.pool.alive, "worker"))
     bits, prior, decoder = (sums[1:] / sums[0]).tolist()
@@ -141,7 +154,7 @@ def nearest(order: Order, compare: Comparison, samples: str, data: DataIndex, na
     pictures = torch.zeros_like(images)
     for outcome in compare.pool.map(tasks):
         if isinstance(outcome, Failed):
-            raise EvaluationError(f"{outcome.task}: {outcome.error}")
+            raise _given_up(outcome)
         distance, row, picture = outcome.value
         closer = distance < distances
         distances[closer], rows[closer], pictures[closer] = distance[closer], row[closer], picture[closer]
@@ -150,3 +163,9 @@ def nearest(order: Order, compare: Comparison, samples: str, data: DataIndex, na
         found["picture"] = storage.join(order.out, "nearest", f"{name}.png")
         storage.publish(found["picture"], grid_png(torch.cat([images, pictures]), columns=len(images)))
     return found
+
+
+def _given_up(outcome: Failed[Any]) -> DdpmDistError:
+    """A store that doesn't answer is no fault of what was asked."""
+    kind = UnreachableError if isinstance(outcome.error, UnreachableError) else EvaluationError
+    return kind(f"{outcome.task}: {outcome.error}")

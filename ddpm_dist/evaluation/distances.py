@@ -1,5 +1,6 @@
 """Distances between sets of images, from sums (`moments`) or from kept features: functions of tensors alone."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -8,6 +9,9 @@ from torch import Tensor
 from ddpm_dist.errors import EvaluationError
 from ddpm_dist.evaluation.moments import Moments, ScoreSums
 
+KID_SUBSETS, KID_SUBSET = 100, 1000
+PR_K, DC_K = 3, 5
+"""Neighbours that make the radius: 3 for precision and recall, 5 for density and coverage, as their papers have it."""
 _BLOCK = 2048
 
 
@@ -35,12 +39,14 @@ def frechet(a: Gaussian, b: Gaussian) -> float:
         if gaussian.count < 2:
             raise EvaluationError(f"Fréchet distance: {gaussian.count} images in a set; a covariance needs 2")
     cov_a, cov_b = a.covariance, b.covariance
+    if not all(x.isfinite().all() for x in (a.mean, b.mean, cov_a, cov_b)):  # else max(0, NaN) would call it 0
+        raise EvaluationError("Fréchet distance: a mean or covariance is not finite (NaN, or infinite)")
     values, vectors = torch.linalg.eigh(cov_a)
     root_a = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     product = root_a @ cov_b @ root_a
     trace_root = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
-    distance = (a.mean - b.mean).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace_root
-    return max(0.0, float(distance))  # rounding of vanishing eigenvalues may leave about -1e-8 of the traces
+    distance = float((a.mean - b.mean).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace_root)
+    return max(0.0, distance)  # rounding of vanishing eigenvalues may leave about -1e-8 of the traces
 
 
 def frechet_of_features(a: Tensor, b: Tensor) -> float:
@@ -48,7 +54,9 @@ def frechet_of_features(a: Tensor, b: Tensor) -> float:
     return frechet(Moments.of(a), Moments.of(b))
 
 
-def kid(a: Tensor, b: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> tuple[float, float]:
+def kid(
+    a: Tensor, b: Tensor, subsets: int = KID_SUBSETS, subset_size: int = KID_SUBSET, seed: int = 0
+) -> tuple[float, float]:
     """Kernel Inception Distance (Bińkowski et al. 2018, arXiv 1801.01401): mean and deviation over random subsets.
 
     Unbiased MMD² with the kernel (x·y / D + 1)³. a: [N, D], b: [M, D]. Subsets are drawn without
@@ -89,36 +97,42 @@ def inception_score(sums: ScoreSums) -> tuple[float, float]:
     return float(scores.mean()), float(scores.std(correction=0))
 
 
-def prdc(real: Tensor, fake: Tensor, k: int = 5) -> dict[str, float]:
+def prdc(real: Tensor, fake: Tensor, k: int = PR_K, k_density: int = DC_K) -> dict[str, float]:
     """Precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991), density and coverage (Naeem et al. 2020,
-    arXiv 2002.09797), with the k-th nearest neighbour's distance as radius. real: [N, D], fake: [M, D].
+    arXiv 2002.09797), with the distance to the k-th nearest neighbour as radius: the papers' k are 3 and 5.
 
-    Works in blocks: memory is O(block · max(N, M)).
+    real: [N, D], fake: [M, D]. Works in blocks: memory is O(block · max(N, M)).
     """
-    if min(len(real), len(fake)) <= k:
-        raise EvaluationError(f"precision and recall: {min(len(real), len(fake))} images in a set, k is {k}")
+    most = max(k, k_density)
+    if min(len(real), len(fake)) <= most:
+        raise EvaluationError(f"precision and recall: {min(len(real), len(fake))} images in a set, k is {most}")
     real, fake = real.double(), fake.double()
-    real_radii, fake_radii = _radii(real, k), _radii(fake, k)
-    in_real = torch.zeros(len(fake))
+    real_radii, dense_radii = _radii(real, (k, k_density))
+    (fake_radii,) = _radii(fake, (k,))
+    precise, density = torch.zeros(len(fake), dtype=torch.bool), torch.zeros(len(fake))
     recalled, covered = 0, 0
     for start in range(0, len(real), _BLOCK):
-        distances = torch.cdist(real[start : start + _BLOCK], fake)
-        radii = real_radii[start : start + _BLOCK]
-        in_real += (distances < radii[:, None]).sum(0)
+        block = slice(start, start + _BLOCK)
+        distances = torch.cdist(real[block], fake)
+        precise |= (distances < real_radii[block, None]).any(0)
+        density += (distances < dense_radii[block, None]).sum(0)
         recalled += int((distances < fake_radii).any(1).sum())
-        covered += int((distances.min(1).values < radii).sum())
+        covered += int((distances.min(1).values < dense_radii[block]).sum())
     return {
-        "precision": float((in_real > 0).double().mean()),
+        "precision": float(precise.double().mean()),
         "recall": recalled / len(real),
-        "density": float(in_real.double().mean()) / k,
+        "density": float(density.double().mean()) / k_density,
         "coverage": covered / len(real),
     }
 
 
-def _radii(points: Tensor, k: int) -> Tensor:
-    """Distance of each point to its k-th nearest other one: [N]."""
-    blocks = points.split(_BLOCK)
-    return torch.cat([torch.cdist(block, points).kthvalue(k + 1, dim=1).values for block in blocks])
+def _radii(points: Tensor, ks: Sequence[int]) -> list[Tensor]:
+    """Distances [N] of each point to its k-th nearest other one, for each k."""
+    found = []
+    for block in points.split(_BLOCK):
+        distances = torch.cdist(block, points)
+        found.append([distances.kthvalue(k + 1, dim=1).values for k in ks])
+    return [torch.cat(radii) for radii in zip(*found, strict=True)]
 
 
 def nearest(queries: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,11 @@ ALIASES = {
     "sfid": "sfid_inception",
 }
 NEEDS_KEPT = ("kid", "prdc")
+SETTINGS: Mapping[str, Mapping[str, int]] = {
+    "kid": {"subsets": distances.KID_SUBSETS, "subset_size": distances.KID_SUBSET, "kept": KEPT},
+    "prdc": {"k": distances.PR_K, "k_density": distances.DC_K, "kept": KEPT},
+}
+"""What a metric's values depend on beside images and network; it stands in the result."""
 LARGER_IS_BETTER = ("is_", "precision_", "recall_", "density_", "coverage_")
 """How the names of values begin of which the larger is the better one."""
 
@@ -41,6 +46,9 @@ class Metric:
     kind: str
     network: str
     """Name of its network, as in `--network NAME=URL`."""
+
+    def __str__(self) -> str:
+        return f"{self.kind}_{self.network}"
 
 
 @dataclass(frozen=True)

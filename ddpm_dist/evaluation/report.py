@@ -5,7 +5,6 @@ images of some samples, the table of metrics with floors and warnings, and where
 """
 
 import base64
-import html
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,8 +13,8 @@ from ddpm_dist import storage
 from ddpm_dist.config import Config
 from ddpm_dist.errors import NotFoundError
 from ddpm_dist.evaluation.chart import Series, line_chart
-from ddpm_dist.evaluation.metrics import LARGER_IS_BETTER
 from ddpm_dist.evaluation.result import results
+from ddpm_dist.evaluation.table import curves_of, drawn, metrics_table, step_of, text, title_of, value_names
 from ddpm_dist.progress import clock
 from ddpm_dist.recipe import dump_config
 from ddpm_dist.training import Events, read_events
@@ -23,7 +22,6 @@ from ddpm_dist.training.run_folder import read_summary
 
 MAX_GRIDS = 8
 LOSS, RATE = "loss/mean", "optimisation/lr"
-_BESIDE = ("_floor", "_deviation", "_real", "_prior", "_decoder")
 
 
 def write_report(cfg: Config) -> str:
@@ -38,16 +36,16 @@ def write_report(cfg: Config) -> str:
 def render(cfg: Config, found: Sequence[dict[str, Any]], events: Events, summary: dict[str, Any] | None) -> str:
     """The page. found: results of evaluations, by step."""
     sections = [
-        ("Metrics", _metrics(found)),
+        ("Metrics", metrics_table(found)),
         ("Warnings", _warnings(found)),
         ("Curves", _curves(found, events)),
         ("Samples over training", _grids(found, events)),
         ("Nearest training images", _nearest(found)),
         ("What was run", _runs(found, summary)),
-        ("Recipe", f"<details><summary>configuration</summary><pre>{_text(dump_config(cfg))}</pre></details>"),
+        ("Recipe", f"<details><summary>configuration</summary><pre>{text(dump_config(cfg))}</pre></details>"),
     ]
     body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections if content)
-    name = _text(cfg.run.url.rstrip("/").rpartition("/")[2])
+    name = text(cfg.run.url.rstrip("/").rpartition("/")[2])
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
@@ -68,54 +66,16 @@ def _lead(cfg: Config, found: Sequence[dict[str, Any]]) -> str:
         ("sampler", f"{cfg.sampling.sampler}, {cfg.sampling.steps or cfg.diffusion.timesteps} steps"),
         ("evaluated", f"{len(found)} times"),
     ]
-    return "<dl>" + "".join(f"<div><dt>{key}</dt><dd>{_text(value)}</dd></div>" for key, value in facts) + "</dl>"
-
-
-def _metrics(found: Sequence[dict[str, Any]]) -> str:
-    """One row per result, one column per metric, floors beside."""
-    if not found:
-        return "<p>Nothing has been evaluated yet.</p>"
-    names = list(dict.fromkeys(n for r in found for n in r["metrics"] if not n.endswith(_BESIDE)))
-    best = {name: _best(name, [r["metrics"][name] for r in found if name in r["metrics"]]) for name in names}
-    head = "".join(f"<th>{_text(_title(name))}</th>" for name in names)
-    rows = []
-    for result in found:
-        cells = "".join(_cell(result["metrics"], name, best[name]) for name in names)
-        against = result["reference"].get("num_samples")
-        numbers = f"{result['num_samples']:,}" + (f" / {against:,}" if against else "")
-        rows.append(f"<tr><td>{_step(result)}</td><td class='whole'>{numbers}</td>{cells}</tr>")
-    return (
-        "<div class='scroll'><table><thead><tr><th>step</th><th>samples / reference</th>"
-        f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-        "<p class='note'>Small: the same between two halves of the reference (real against real). A distance at its "
-        "floor can't be told from the data at that number of images. Bold: the best of its column.</p>"
-    )
-
-
-def _best(name: str, values: Sequence[float]) -> float:
-    return max(values) if name.startswith(LARGER_IS_BETTER) else min(values)
-
-
-def _cell(values: dict[str, float], name: str, best: float) -> str:
-    if name not in values:
-        return "<td>–</td>"
-    shown = f"{values[name]:.4g}"
-    if values[name] == best:
-        shown = f"<b>{shown}</b>"
-    if f"{name}_floor" in values:
-        shown += f"<small>real {values[f'{name}_floor']:.4g}</small>"
-    if f"{name}_deviation" in values:
-        shown += f"<small>± {values[f'{name}_deviation']:.2g}</small>"
-    return f"<td>{shown}</td>"
+    return "<dl>" + "".join(f"<div><dt>{key}</dt><dd>{text(value)}</dd></div>" for key, value in facts) + "</dl>"
 
 
 def _warnings(found: Sequence[dict[str, Any]]) -> str:
     steps: dict[str, list[str]] = {}
     for result in found:
         for warning in result["warnings"]:
-            steps.setdefault(warning, []).append(_step(result))
+            steps.setdefault(warning, []).append(step_of(result))
     items = "".join(
-        f"<li>{_text(warning)} <small>({'all' if len(at) == len(found) else 'step ' + ', '.join(at)})</small></li>"
+        f"<li>{text(warning)} <small>({'all' if len(at) == len(found) else 'step ' + ', '.join(at)})</small></li>"
         for warning, at in steps.items()
     )
     return f"<ul class='warn'>{items}</ul>" if items else ""
@@ -130,18 +90,12 @@ def _curves(found: Sequence[dict[str, Any]], events: Events) -> str:
         charts.append(line_chart("Loss", series, log=True))
     if events.scalars.get(RATE):
         charts.append(line_chart("Learning rate", [Series("lr", events.scalars[RATE])]))
-    names = list(dict.fromkeys(n for r in found for n in r["metrics"] if not n.endswith(_BESIDE)))
-    for name in names:
-        points = [(r["step"], r["metrics"][name]) for r in found if name in r["metrics"] and r["step"] is not None]
-        floor = [(r["step"], r["metrics"][f"{name}_floor"]) for r in found if f"{name}_floor" in r["metrics"]]
-        if len({step for step, _ in points}) > 1:
-            series = [Series(_title(name), points)] + ([Series("real against real", floor)] if floor else [])
-            charts.append(line_chart(_title(name), series))
+    charts += [line_chart(title_of(name), series) for name in value_names(found) if (series := curves_of(found, name))]
     return f"<div class='charts'>{''.join(charts)}</div>" if charts else ""
 
 
 def _grids(found: Sequence[dict[str, Any]], events: Events) -> str:
-    pictures = [(_step(r), data) for r in found if r.get("grid") and (data := _read(r["grid"]))]
+    pictures = [(step_of(r), data) for r in found if r.get("grid") and (data := _read(r["grid"]))]
     if not pictures:
         pictures = [(str(step), data) for step, data in events.images.get("samples/ema", [])]
     return _gallery(_spread(pictures, MAX_GRIDS), "step {}")
@@ -153,9 +107,10 @@ def _nearest(found: Sequence[dict[str, Any]]) -> str:
         if data:
             nearest = result["nearest"]
             distances = ", ".join(f"{distance:.3g}" for distance in nearest["distances"])
+            caption = "step {}: samples above, nearest training images below"
             return (
-                f"{_gallery([(_step(result), data)], 'step {}: samples above, nearest training images below', 'wide')}"
-                f"<p class='note'>Distances in {_text(nearest['network'])} features: {distances}. "
+                f"{_gallery([(step_of(result), data)], caption, 'wide')}"
+                f"<p class='note'>Distances in {text(nearest['network'])} features: {distances}. "
                 "A distance near 0 is a copy.</p>"
             )
     return ""
@@ -166,31 +121,34 @@ def _runs(found: Sequence[dict[str, Any]], summary: dict[str, Any] | None) -> st
     table = ""
     if found:
         head = "".join(f"<th>{name}</th>" for name in ("step", "weights", "sampler", "where", "time", "software"))
-        rows = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in _run_cells(r))}</tr>" for r in found)
+        rows = "".join(f"<tr>{''.join(f'<td>{text(cell)}</td>' for cell in _run_cells(r))}</tr>" for r in found)
         table = (
             f"<div class='scroll'><table class='left'><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
-            f"<p class='note'>{'<br>'.join(map(_text, _compared_with(found)))}</p>"
+            f"<p class='note'>{'<br>'.join(map(text, _compared_with(found)))}</p>"
         )
     if summary:
         table += (
             f"<details><summary>end of the last training attempt</summary><pre>"
-            f"{_text(json.dumps(summary, indent=2))}</pre></details>"
+            f"{text(json.dumps(summary, indent=2))}</pre></details>"
         )
     return table
 
 
 def _run_cells(result: dict[str, Any]) -> tuple[object, ...]:
-    sampling, place = result["sampling"], result.get("sampled_on")
-    drawn, where = "unknown", "unknown"
-    if sampling:
-        drawn = f"{sampling['sampler']}, {sampling['steps'] or 'all'} steps, {sampling['precision']}"
-        drawn += f", seed {result['seed']}"
+    place, where = result.get("sampled_on"), "unknown"
     if place:
         where = f"{result['workers']} × {place['device']}, threads: {place['threads']}"
     time = f"{clock(result['seconds'])} evaluation"
     if result.get("sampling_seconds") is not None:
         time = f"{clock(result['sampling_seconds'])} sampling, {time}"
-    return _step(result), result["weights"] or "unknown", drawn, where, time, f"torch {result['versions']['torch']}"
+    return (
+        step_of(result),
+        result["weights"] or "unknown",
+        drawn(result),
+        where,
+        time,
+        f"torch {result['versions']['torch']}",
+    )
 
 
 def _compared_with(found: Sequence[dict[str, Any]]) -> list[str]:
@@ -202,8 +160,8 @@ def _compared_with(found: Sequence[dict[str, Any]]) -> list[str]:
 
 def _gallery(pictures: Iterable[tuple[str, bytes]], caption: str, style: str = "") -> str:
     figures = "".join(
-        f"<figure><img alt='{_text(caption.format(name))}' src='data:image/png;base64,"
-        f"{base64.b64encode(data).decode()}'><figcaption>{_text(caption.format(name))}</figcaption></figure>"
+        f"<figure><img alt='{text(caption.format(name))}' src='data:image/png;base64,"
+        f"{base64.b64encode(data).decode()}'><figcaption>{text(caption.format(name))}</figcaption></figure>"
         for name, data in pictures
     )
     return f"<div class='gallery {style}'>{figures}</div>" if figures else ""
@@ -221,24 +179,6 @@ def _read(url: str | None) -> bytes | None:
         return storage.read(url) if url else None
     except NotFoundError:
         return None
-
-
-def _step(result: dict[str, Any]) -> str:
-    return f"{result['step']:,}" if result["step"] is not None else "–"
-
-
-def _title(name: str) -> str:
-    return (
-        name.replace("_", " ")
-        .replace("frechet", "Fréchet")
-        .replace("fid", "FID")
-        .replace("kid", "KID")
-        .replace("is ", "IS ")
-    )
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))
 
 
 _STYLE = """

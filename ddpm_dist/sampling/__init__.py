@@ -10,7 +10,7 @@ from ddpm_dist.lazy import lazily
 if TYPE_CHECKING:
     from ddpm_dist.sampling.export import export_npz as export_npz, export_png as export_png
     from ddpm_dist.sampling.images import grid_png as grid_png
-    from ddpm_dist.sampling.plan import Manifest as Manifest
+    from ddpm_dist.sampling.plan import Labels as Labels, Manifest as Manifest
     from ddpm_dist.sampling.worker import SampleWorker as SampleWorker
 
 __all__, _named = lazily(
@@ -18,7 +18,7 @@ __all__, _named = lazily(
     modules="job",
     export="export_npz export_png",
     images="grid_png",
-    plan="Manifest",
+    plan="Labels Manifest",
     worker="SampleWorker",
 )
 if not TYPE_CHECKING:

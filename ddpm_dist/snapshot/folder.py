@@ -162,6 +162,9 @@ def load_info(url: str) -> dict[str, Any]:
         raise SnapshotError(
             f"{storage.redact(url)}/{OURS}: format {ours.get('format')!r}; this version reads {FORMAT}, a newer one may"
         )
+    missing = [key for key in ("image_size", "channels", "files") if key not in ours]
+    if missing:
+        raise SnapshotError(f"{storage.redact(url)}/{OURS}: damaged, it has no {missing[0]}")
     return {**unknown, "num_classes": ours.get("null_label"), **ours}
 
 

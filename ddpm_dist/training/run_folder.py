@@ -18,7 +18,7 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,18 +164,32 @@ def new_token() -> str:
 def steps_to_keep(cfg: Config, steps: Sequence[int]) -> set[int]:
     """Of these steps with a training state, those that evaluation wants to outlive checkpoint.keep_last.
 
-    The one of the best snapshot so far (evaluation/best.json), and the newest of those that evaluation.every is
-    going to rate: one of them may be the next best.
+    Those of the best snapshots so far (evaluation/best.json: one for each question that was asked of the run), and the
+    newest of those that evaluation.every is going to rate: one of them may be the next best. An answer to another
+    question doesn't rate a step.
     """
     folder = storage.join(cfg.run.url, "evaluation")
     best = _read_json(storage.join(folder, "best.json"), "step")
-    keep = {best["step"]} if best is not None else set()
+    keep = set(_best_steps(best))
     every = cfg.evaluation.every
     if every is not None:
-        rated = {name.partition("-")[0] for name in storage.list_names(storage.join(folder, "results"))}
+        rated = set() if best is None else _rated(folder, best.get("question"))
         due = [s for s in steps if s % every == 0 and s % cfg.checkpoint.snapshot_every_steps == 0]
         keep |= set(sorted(step for step in due if f"{step:09d}" not in rated)[-AWAITED:])
     return keep.intersection(steps)
+
+
+def _best_steps(best: dict[str, Any] | None) -> Iterator[int]:
+    others = best.get("others") if best else None
+    for entry in (best, *(others if isinstance(others, list) else ())):
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            yield entry["step"]
+
+
+def _rated(folder: str, question: object) -> set[str]:
+    """Steps, as they begin a result's name, that have an answer to a question; none: to any, as 0.1.0 had it."""
+    names = [name.removesuffix(".json").split("-") for name in storage.list_names(storage.join(folder, "results"))]
+    return {parts[0] for parts in names if not isinstance(question, str) or parts[-2:-1] == [question[:8]]}
 
 
 def write_summary(run_url: str, summary: dict[str, Any]) -> None:

@@ -146,7 +146,7 @@ def test_a_follower_that_is_killed_evaluates_each_snapshot_once(
         follower.kill()
     assert [int(name[:9]) for name in results()] == [10, 20, 30]
     assert storage.read(f"{run}/evaluation/results/{results()[0]}") == first
-    assert len([n for n in storage.list_names(f"{run}/tensorboard/evaluation") if "tfevents" in n]) == 3
+    assert len([n for n in storage.list_objects(f"{run}/tensorboard/evaluation") if "tfevents" in n]) == 3
     assert not drawing()
 
 

@@ -123,9 +123,18 @@ def test_precision_and_recall_are_prdcs(k: int, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(distances, "_BLOCK", 37)  # so that several blocks are put together
     real, fake = features(230, 6, 1), features(170, 6, 1)[:, torch.randperm(6)] + 0.3
     theirs = compute_prdc(real.double().numpy(), fake.double().numpy(), nearest_k=k)
-    assert distances.prdc(real, fake, k) == pytest.approx(theirs, abs=1e-12)
+    assert distances.prdc(real, fake, k, k) == pytest.approx(theirs, abs=1e-12)
     assert 0.01 < theirs["precision"] < 0.99
     assert 0.01 < theirs["recall"] < 0.99
+
+
+def test_precision_and_recall_have_3_neighbours_density_and_coverage_5() -> None:
+    """As published: Kynkäänniemi et al. 2019, appendix, and Naeem et al. 2020, section 3."""
+    real, fake = features(150, 6, 1), features(120, 6, 1)[:, torch.randperm(6)] + 0.3
+    three, five = (compute_prdc(real.double().numpy(), fake.double().numpy(), nearest_k=k) for k in (3, 5))
+    expected = {name: (three if name in ("precision", "recall") else five)[name] for name in five}
+    assert distances.prdc(real, fake) == pytest.approx(expected, abs=1e-12)
+    assert three["precision"] != five["precision"]
 
 
 def test_nearest() -> None:
@@ -143,6 +152,8 @@ def test_nearest() -> None:
         (lambda x: distances.kid(x[:1], x), "the unbiased estimate needs 2"),
         (lambda x: distances.prdc(x, x[:5]), "5 images in a set, k is 5"),
         (lambda x: distances.inception_score(ScoreSums.empty(10, 4)), "no images"),
+        (lambda x: distances.frechet_of_features(x * torch.nan, x), "a mean or covariance is not finite"),
+        (lambda x: distances.frechet_of_features(x, x / 0), "a mean or covariance is not finite"),
     ],
 )
 def test_too_few_images(call, message: str) -> None:  # type: ignore[no-untyped-def]

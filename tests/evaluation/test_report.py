@@ -46,6 +46,9 @@ def result(step: int, value: float, **changes: Any) -> dict[str, Any]:
         "sampling": {"sampler": "ddim", "steps": 50, "precision": "bf16"},
         "reference": {"data": "memory://digits", "num_samples": 1797},
         "networks": {"lite0": {"resize": "antialiased bilinear"}},
+        "snapshot": f"memory://run/snapshots/{step:09d}",
+        "question": {"id": "a"},
+        "answers": {"frechet_lite0": "f", "precision_lite0": "p"},
         "sampled_on": {"device": "cpu AVX2", "threads": 1, "torch": "2.13.0"},
         "workers": 2,
         "versions": {"torch": "2.13.0"},
@@ -127,6 +130,45 @@ def test_of_scores_the_largest_is_the_best() -> None:
     assert re.findall("<b>(.*?)</b>", render(config(), found, EVENTS, None)) == ["0.75"]
 
 
+def bold_of(found: list[dict[str, Any]]) -> list[str]:
+    return re.findall("<b>(.*?)</b>", render(config(), found, EVENTS, None))
+
+
+def test_only_answers_to_one_question_compete_and_share_a_curve() -> None:
+    few = {"question": {"id": "b"}, "answers": {"frechet_lite0": "g"}, "num_samples": 50}
+    found = [result(step, value) for step, value in ((100, 9.0), (200, 8.0))]
+    found += [result(step, value, name=f"few{step}", **few) for step, value in ((100, 90.0), (200, 80.0), (300, 7.0))]
+    page = render(config(), sorted(found, key=lambda one: int(one["step"])), EVENTS, None)
+    assert re.findall("<b>(.*?)</b>", page) == ["8", "7"]
+    text = " ".join(Page(page).text)
+    assert "A: 500 samples of ddim, 50 steps, bf16, seed 0, against memory://digits" in text
+    assert "B: 50 samples of ddim" in text
+    curves = [line for line in points_of(page)[1:] if len({y for _, y in line}) > 1]
+    assert [len(line) for line in curves] == [2, 3]
+    assert all(x == sorted(x) for x in ([x for x, _ in line] for line in curves)), "no curve turns back"
+
+
+def test_results_that_do_not_say_what_they_answer_are_shown_and_not_ranked() -> None:
+    old = [result(100, 1.5), result(200, 9.5)]
+    for one in old:
+        del one["question"], one["answers"]
+    page = render(config(), [*old, result(300, 5.0), result(400, 4.0)], EVENTS, None)
+    assert bold_of([*old, result(300, 5.0), result(400, 4.0)]) == ["4"]
+    text = " ".join(Page(page).text)
+    assert "1.5" in text
+    assert "–: it doesn't say all that its numbers depend on, and is not ranked" in text
+
+
+def test_a_value_that_is_no_number_is_not_the_best() -> None:
+    assert bold_of([result(100, float("nan")), result(200, 3.0), result(300, 2.0)]) == ["2"]
+
+
+def test_a_snapshot_that_was_made_anew_counts_once() -> None:
+    old = result(200, 1.0, name="old", finished_at="2026-01-01T00:00:00Z")
+    new = result(200, 6.0, name="new", finished_at="2026-01-02T00:00:00Z")
+    assert bold_of([result(100, 7.0), old, new]) == bold_of([result(100, 7.0), new, old]) == ["6"]
+
+
 def test_samples_of_unknown_origin() -> None:
     unknown = dict.fromkeys(("step", "weights", "seed", "sampling", "sampled_on", "sampling_seconds"))
     page = render(config(), [{**result(100, 1.0), **unknown}], EVENTS, None)
@@ -162,6 +204,23 @@ def test_chart_keeps_order_and_bounds(log: bool) -> None:
     assert all(0 <= x <= 480 and 0 <= y <= 240 for line in lines for x, y in line)
     assert [x for x, _ in lines[0]] == sorted(x for x, _ in lines[0])
     assert [y for _, y in lines[0]] == sorted(y for _, y in lines[0])
+
+
+def test_a_curve_goes_forward_whatever_the_order_of_its_points() -> None:
+    chart = line_chart("x", [Series("a", [(1, 1.0), (3, 3.0), (2, 2.0), (3, 4.0)])])
+    assert [x for x, _ in points_of(chart)[0]] == sorted({x for x, _ in points_of(chart)[0]})
+    assert "</i>a 4</span>" in chart, "of two values at one step the later one counts"
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("span", [(8e-4, 0.9), (0.03, 0.031), (1e-5, 3e3), (0.2, 0.9), (100, 100.9), (2e6, 9e6)])
+def test_ticks_are_round_numbers_each_once(log: bool, span: tuple[float, float]) -> None:
+    chart = line_chart("x", [Series("a", [(0, span[0]), (9, span[1])])], log)
+    ticks = re.findall(r"text-anchor='end'>([^<s]*)</text>", chart)
+    assert 2 <= len(ticks) == len(set(ticks)) <= 6
+    digits = [tick.partition("e")[0].replace(",", "").replace(".", "").strip("0") for tick in ticks]
+    assert all(len(text) <= (1 if log and span[1] > 4 * span[0] else 5) for text in digits), ticks
+    assert all("e+" not in tick for tick in ticks)
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,11 @@ def test_the_best_state_and_those_that_may_be_the_next_best_are_kept(url) -> Non
     assert run_folder.steps_to_keep(config(url, *plan), steps) == {40, 60, 100, 120}
     assert run_folder.steps_to_keep(config(url), steps) == {40}, "evaluated by hand"
     assert run_folder.steps_to_keep(config(url, *plan), [10, 30]) == set()
+    best = {"step": 40, "question": "0123456789ab", "others": [{"step": 50}, {"step": "damaged"}, 7]}
+    storage.publish(f"{url}/evaluation/best.json", json.dumps(best).encode())
+    assert run_folder.steps_to_keep(config(url, *plan), steps) == {40, 50, 60, 80, 100, 120}, "80: another question's"
+    storage.publish(f"{url}/evaluation/results/000000100-500-against-1797-of-1b2c-01234567-77aa55bb.json", b"{}")
+    assert run_folder.steps_to_keep(config(url, *plan), steps) == {40, 50, 60, 80, 120}
 
 
 def test_newest_snapshot_is_the_newest_whole_one(url) -> None:
