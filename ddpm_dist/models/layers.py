@@ -76,19 +76,40 @@ class GroupNormSiLU(nn.GroupNorm):
 class _GroupNormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
+        normalised, mean, rstd = _normalise(x, groups, weight, bias, eps)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.groups, ctx.eps = groups, eps
-        return F.silu(F.group_norm(x, groups, weight, bias, eps))
+        return F.silu(normalised)
 
     @staticmethod
-    @once_differentiable  # inputs are detached: a second derivative would be wrong in silence
+    @once_differentiable  # kernels without derivatives of their own
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
-        with torch.enable_grad():
-            normalised = F.group_norm(inputs[0], ctx.groups, inputs[1], inputs[2], ctx.eps)
-        gradient = torch.ops.aten.silu_backward(grads[0], normalised.detach())
-        x, weight, bias = torch.autograd.grad(normalised, inputs, gradient)
-        return x, None, weight, bias, None
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        x = _dense(x)
+        normalised = _normalise(x, ctx.groups, weight, bias, ctx.eps)[0]
+        gradient = torch.ops.aten.silu_backward(grads[0], normalised)
+        found = torch.ops.aten.native_group_norm_backward(
+            _dense(gradient), x, mean, rstd, weight, *_extent(x), ctx.groups, [True, True, True]
+        )
+        return found[0], None, found[1], found[2], None
+
+
+def _normalise(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """GroupNorm of [B, C, H, W], and the mean and 1/σ of each of the B·groups groups."""
+    x = _dense(x)
+    found: tuple[Tensor, Tensor, Tensor] = torch.native_group_norm(x, weight, bias, *_extent(x), groups, eps)
+    return found
+
+
+def _dense(x: Tensor) -> Tensor:
+    """In the layout that F.group_norm gives to its kernel: channels last stays on a CPU alone."""
+    channels_last = x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last)
+    return x if channels_last else x.contiguous()
+
+
+def _extent(x: Tensor) -> tuple[int, int, int]:
+    """(B, C, H·W)."""
+    return x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
 
 
 class ResnetBlock(nn.Module):

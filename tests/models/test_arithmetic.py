@@ -45,7 +45,9 @@ def test_convolution(kernel, stride, padding, slow_bf16):
     torch.manual_seed(0)
     tensors = torch.randn(3, 8, 9, 9), torch.randn_like(conv.weight), torch.randn(12)
     ours = lambda x, w, b: torch.func.functional_call(conv, {"weight": w, "bias": b}, x)  # noqa: E731
-    check(ours, lambda x, w, b: F.conv2d(x, w, b, stride, padding), tensors)
+    # Kernels for processors without bfloat16 instructions, which "native" takes there, round on their way, too.
+    reference = lambda x, w, b: F.conv2d(x, w, b, stride, padding)  # noqa: E731
+    check(ours, reference, tensors, roundings=1 if slow_bf16 else 3)
 
 
 def test_a_batch_in_parts_is_the_batch(monkeypatch):

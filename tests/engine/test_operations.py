@@ -1,0 +1,71 @@
+"""How many operations a training step starts: on a GPU each one costs some microseconds of the host.
+
+Counted by PyTorch's dispatcher on the CIFAR-10 network's structure with fewer channels: the number doesn't depend on
+them. Views are left out. The budgets are what a step has; they may fall.
+"""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddpm_dist import snapshot
+from ddpm_dist.engine.engine import Engine
+from ddpm_dist.engine.world import World
+from ddpm_dist.models import arithmetic
+from ddpm_dist.recipe import load_config
+from ddpm_dist.training.ema import Ema
+from ddpm_dist.training.metrics import PhaseClock
+from ddpm_dist.training.step import BatchPlan, training_step
+from tests.engine.worker_group import run_ranks
+
+VIEWS = {
+    "view", "_unsafe_view", "reshape", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select",
+    "narrow", "split", "unbind", "detach", "alias", "as_strided", "empty", "empty_like", "empty_strided", "split_with_sizes",
+    "_local_scalar_dense", "lift_fresh", "chunk", "unfold", "new_empty_strided", "new_empty",
+}  # fmt: skip
+
+
+class Counting(TorchDispatchMode):
+    """Counts what is dispatched below it, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count(world: World, stage: int, precision: str) -> dict[str, int]:
+    overrides = [
+        "run.url=memory://x", "data.url=memory://y", "model.channels=32", f"zero.stage={stage}",
+        f"precision={precision}",
+        "train.global_batch=1", "cluster.workers=1", "cluster.gpus_per_worker=0",
+    ]  # fmt: skip
+    arithmetic.SLOW_BF16 = False  # as on CUDA: this process ends with the count
+    cfg = load_config("configs/cifar10.yaml", overrides)
+    network, diffusion = snapshot.build(cfg)
+    engine = Engine(network, cfg, world, 1, 1)
+    engine.train()
+    ema = Ema(engine.pieces(), cfg)
+    images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    plan = BatchPlan.of(1, 1, 1)
+    for step in range(2):  # the first one makes what later ones have
+        with Counting() as counting:
+            training_step(engine, diffusion, images, None, step, cfg, world, plan, PhaseClock())
+            ema.update(step, 1)
+    return {name: number for name, number in counting.found.items() if name not in VIEWS}
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "budget"), [(1, "bf16", 2600), (2, "bf16", 3000), (0, "fp32", 2200), (3, "bf16", 2700)]
+)
+def test_a_step_starts_no_more_than_so_many(stage: int, precision: str, budget: int) -> None:
+    (found,) = run_ranks(count, 1, stage, precision)
+    most = Counter(found).most_common(12)
+    assert sum(found.values()) <= budget, f"{sum(found.values())} operations: {most}"
+    print(stage, precision, sum(found.values()), most)
