@@ -23,7 +23,8 @@ from tests.engine.worker_group import run_ranks
 
 VIEWS = {
     "view", "_unsafe_view", "reshape", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select",
-    "narrow", "split", "unbind", "detach", "alias", "as_strided", "empty", "empty_like", "empty_strided", "split_with_sizes",
+    "narrow", "split", "unbind", "detach", "alias", "as_strided", "empty", "empty_like", "empty_strided",
+    "split_with_sizes",
     "_local_scalar_dense", "lift_fresh", "chunk", "unfold", "new_empty_strided", "new_empty",
 }  # fmt: skip
 
