@@ -70,7 +70,10 @@ class FileSource:
             return folders.classes()
         place = f"{self._place}: {shown(meta)}"
         remedy = "(--labels folders takes the folders for classes, --labels none takes none)"
-        given = parse_json(self._read(meta), f"{place} {remedy}")
+        try:
+            given = parse_json(self._read(meta), f"{place} {remedy}")
+        except BadSampleError as error:
+            raise DataError(f"{place}: {error} {remedy}") from None
         if given is None:
             return None, None, f"no labels, as {shown(meta)} says {remedy}"
         to_name = layout.below(self._names, meta)
