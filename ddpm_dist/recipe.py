@@ -13,6 +13,9 @@ from pydantic import BaseModel, ValidationError
 from ddpm_dist.config import Config
 from ddpm_dist.errors import ConfigError, without_url_secrets
 
+MAX_NODES = 100_000
+"""A configuration has a few hundred values."""
+
 
 class _Loader(yaml.SafeLoader):
     """YAML without the surprises of version 1.1: 010 is not 8, 1:30 not 90, a date not a date; 1e-4 is a number.
@@ -118,9 +121,24 @@ def parse_yaml(text: str, source: str) -> Any:
     try:
         loader = _Loader(text)
         loader.name = source
-        return loader.get_single_data()
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{source}: not YAML: {error}") from None
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _size(node, {}) > MAX_NODES:
+            raise ConfigError(f"{source}: its aliases (*name) stand for more than {MAX_NODES} values")
+        return loader.construct_document(node)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a number of 5,000 digits
+        raise error if isinstance(error, ConfigError) else ConfigError(f"{source}: not YAML: {error}") from None
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Number of values below a node, as they would be written without aliases; a few lines can stand for billions."""
+    if id(node) not in known:
+        known[id(node)] = MAX_NODES + 1  # while it is looked at: an alias inside itself has no end
+        parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+        pairs = [part if isinstance(part, tuple) else (part,) for part in parts]
+        known[id(node)] = 1 + sum(_size(part, known) for pair in pairs for part in pair)
+    return known[id(node)]
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:

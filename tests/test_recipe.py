@@ -153,3 +153,23 @@ def test_an_override_sets_what_it_names(path: list[str], value: int) -> None:
         assert isinstance(found, dict)
         found = found[key]
     assert found == value
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data: &a\n  url: *a\n", r"its aliases \(\*name\) stand for more than 100000 values"),
+        ("&a [*a]", "its aliases"),
+        ("a: 1" + "0" * 5000, "not YAML: Exceeds the limit"),
+        ("[" * 5000, "not YAML"),
+        ("".join(f"k{i}: &k{i} [{f'*k{i - 1},' * 9 if i else '1'}]\n" for i in range(12)), "its aliases"),
+    ],
+)
+def test_yaml_without_end_is_one_message(text: str, message: str) -> None:
+    """Nested aliases: a few lines stand for 9^11 values."""
+    with pytest.raises(ConfigError, match=message):
+        parse_config(text)
+
+
+def test_aliases_of_a_usual_size_are_read() -> None:
+    assert parse_yaml("a: &a {x: 1}\nb: {<<: *a, y: 2}\n", "t") == {"a": {"x": 1}, "b": {"x": 1, "y": 2}}
