@@ -14,7 +14,7 @@ of what is saved.
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import safetensors.torch
@@ -76,11 +76,13 @@ def save_snapshot(
     unet_config: UNetConfig,
     diffusion: GaussianDiffusion,
     info: Mapping[str, Any],
+    may_publish: Callable[[], None] = lambda: None,
 ) -> None:
     """Publishes a snapshot at a folder's URL; readers see all of it or none.
 
     weights: the network or its state dict, of any float type; stored as float32.
     info: plain JSON values for `load_info`, such as step, images_seen, kind ("ema" or "raw") and config (YAML).
+    may_publish: called before each write; raises if the folder belongs to somebody else by now.
     `null_label` among them names the null class; without it, it is the last row of the class embedding.
     """
     state = weights.state_dict() if isinstance(weights, UNet) else weights
@@ -110,8 +112,10 @@ def save_snapshot(
         "scheduler": ["diffusers" if why_not is None else "ddpm_dist", to_diffusers(diffusion)["_class_name"]],
         "unet": ["diffusers", unet_config.to_diffusers()["_class_name"]],
     }
+    may_publish()
     _retire(url, ours["files"])
     for name, data in {**files, OURS: _json(ours), INDEX: _json(pipeline)}.items():
+        may_publish()
         storage.publish(storage.join(url, name), data)
 
 

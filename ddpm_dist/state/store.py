@@ -62,7 +62,7 @@ class StateStore:
         """By this rank, in `load`."""
         self._valid: list[fmt.StateId] = []
         self._saved: fmt.StateId | None = None
-        self._writer = StateWriter(self.url, world.rank, world.size, self._published, self._check_owner)
+        self._writer = StateWriter(self.url, world.rank, world.size, self._published, self.check_owner)
 
     def claim(self) -> str | None:
         """Makes this attempt the run's owner, and names the state that it continues; None for a new run.
@@ -81,6 +81,14 @@ class StateStore:
 
         self.attempt, self.began_at, self._valid = self._first_decides(claim)
         return str(self._valid[0]) if self._valid else None
+
+    def check_owner(self) -> None:
+        """ClaimError if a newer attempt has claimed the run: then this one may publish nothing more, of any kind.
+
+        To be asked before each write into the run's folder; silent before this attempt has claimed.
+        """
+        if self.attempt:
+            history.check_owner(self.url, self.attempt)
 
     def load(self, state: str, engine: Trained, averages: Averaged) -> dict[str, Any]:
         """Fills engine and averages from the state that `claim` named, and returns its meta.
@@ -169,8 +177,8 @@ class StateStore:
         """Claims the run again, with the state before the newest valid one."""
         older = self._valid[1:]
         if older:
-            self._first_decides(lambda: history.claim(self.url, self.attempt + 1, older, self.began_at))
-            self.attempt += 1
+            self.attempt += 1  # before the claim is there: whoever asks for the owner meanwhile isn't to see a stranger
+            self._first_decides(lambda: history.claim(self.url, self.attempt, older, self.began_at))
         self._valid = older
 
     def _announce(self, manifest: fmt.Manifest, engine: Trained) -> None:
@@ -179,9 +187,6 @@ class StateStore:
         changes = [f"{key}: {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key]]
         if changes and self._world.is_first:
             log.info("not bit for bit what the attempt before would have computed: %s", ", ".join(changes))
-
-    def _check_owner(self) -> None:
-        history.check_owner(self.url, self.attempt)
 
     def _published(self, state: fmt.StateId) -> None:
         """Retention, on rank 0's background thread."""

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Callable
 
 import torch
 
@@ -18,8 +19,9 @@ log = logging.getLogger(__name__)
 class SkippedSteps:
     """Counts skipped steps in a row and publishes what each rank saw in them to `failures/`."""
 
-    def __init__(self, cfg: Config, world: World) -> None:
-        self._cfg, self._world = cfg, world
+    def __init__(self, cfg: Config, world: World, check_owner: Callable[[], None]) -> None:
+        """check_owner: raises if this attempt may publish nothing more."""
+        self._cfg, self._world, self._check_owner = cfg, world, check_owner
         self.in_a_row = 0
         self.total = 0
 
@@ -35,6 +37,7 @@ class SkippedSteps:
         where = storage.join(self._cfg.run.url, "failures", f"step-{step:09d}-rank-{self._world.rank:05d}.json")
         log.warning("step %d was not applied: the loss or the gradient is not finite; see %s", step, where)
         try:
+            self._check_owner()
             storage.publish(where, json.dumps(self._describe(step, batch, result), indent=1).encode())
         except StorageError as error:
             log.warning("it could not be written: %s", error)

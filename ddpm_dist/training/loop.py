@@ -52,27 +52,28 @@ class Training:
         self.plan = BatchPlan.of(cfg.train.global_batch, world.size, cfg.train.max_micro_batch)
         self.watchdog = Watchdog(cfg.cluster.hang_seconds)
         last_sign = run_folder.last_sign_of_life(cfg.run.url)
-        self.lease = run_folder.Lease(cfg.run.url, token) if world.rank == 0 else None
+        self.store = StateStore(cfg, world, partial(run_folder.steps_to_keep, cfg))
+        owner = self.store.check_owner  # asked before all that is published: a void attempt leaves the folder alone
+        self.lease = run_folder.Lease(cfg.run.url, token, owner) if world.rank == 0 else None
         network, self.diffusion = snapshot.build(cfg)
         self.engine = Engine(network, cfg, world, self.plan.micro_batch, self.plan.accumulation)
         self.ema = Ema(self.engine.pieces(), cfg)
         learns_t = cfg.diffusion.t_sampling == "loss_second_moment"
         self.history = LossHistory(cfg.diffusion.timesteps) if learns_t else None
         self.loader = Loader(cfg, world.rank, world.size, pinned=world.device.type == "cuda")
-        self.store = StateStore(cfg, world, partial(run_folder.steps_to_keep, cfg))
         self.goodput = Goodput()
         self.control = Control(world)
-        self.skipped = SkippedSteps(cfg, world)
+        self.skipped = SkippedSteps(cfg, world, owner)
         self.window = Window(0)
         self.step = self._resume(last_sign)
         """Optimizer steps done."""
         self.store.prepare(self.engine, self.ema)
         self.events = EventLog(cfg.run.url, self.store.attempt, self.step) if world.rank == 0 else None
         self.progress = StepProgress(self.step, cfg.train.steps, cfg.train.global_batch) if world.rank == 0 else None
-        self.publisher = SnapshotPublisher(cfg, world, self.events)
+        self.publisher = SnapshotPublisher(cfg, world, self.events, owner)
         self.clock = PhaseClock(on_cuda=world.device.type == "cuda")
         self._flops_per_image: float | None = None
-        self.trace = StepTrace(cfg, world)
+        self.trace = StepTrace(cfg, world, owner)
 
     def ask_to_stop(self) -> None:
         """All ranks save and leave after the next step but one; may be called from a signal handler."""
@@ -112,6 +113,7 @@ class Training:
             self.publisher.close()
             self.store.finish()
             if self.world.rank == 0:
+                self.store.check_owner()
                 run_folder.write_summary(self.cfg.run.url, self._summary())
         if self.progress is not None:
             self.progress.close()
@@ -190,6 +192,8 @@ class Training:
     def _publish(self, save_now: bool) -> None:
         """Snapshot and state, where they are due; a state in any case if `save_now`."""
         cfg, step = self.cfg, self.step
+        if self.lease is not None:
+            self.lease.poll()
         last = step == cfg.train.steps
         if self._snapshot_due():
             with self.clock.phase("snapshot"):

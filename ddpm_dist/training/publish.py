@@ -4,6 +4,7 @@ The ranks gather the weights and share the sampling of the grid; then training g
 """
 
 import logging
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -26,8 +27,9 @@ log = logging.getLogger(__name__)
 class SnapshotPublisher:
     """Publishes one snapshot at a time; errors of the background upload are raised at the next call."""
 
-    def __init__(self, cfg: Config, world: World, events: EventLog | None) -> None:
-        self._cfg, self._world, self._events = cfg, world, events
+    def __init__(self, cfg: Config, world: World, events: EventLog | None, check_owner: Callable[[], None]) -> None:
+        """check_owner: raises if this attempt may publish nothing more."""
+        self._cfg, self._world, self._events, self._check_owner = cfg, world, events, check_owner
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="snapshot")
         self._pending: Future[None] | None = None
 
@@ -77,7 +79,7 @@ class SnapshotPublisher:
             url = run_folder.snapshot_url(cfg.run.url, step)
             if label != MAIN:
                 url = storage.join(cfg.run.url, "averages", label, f"{step:09d}")
-            snapshot.save_snapshot(url, weights, config, diffusion, info)
+            snapshot.save_snapshot(url, weights, config, diffusion, info, self._check_owner)
             log.info("snapshot of step %d: %s", step, url)
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 RENEW_S = 4.0
 LEASE_S = 20.0
 """A lease that isn't renewed for so long belongs to a dead attempt."""
+_LEASE = {"token": str, "host": str, "boot": str, "pid": int, "step": int, "time": int | float}
+_SUMMARY = {"step": int, "images_seen": int, "images_per_second": int | float, "data_wait_fraction": int | float}
 AWAITED = 4
 """Most training states that wait for their snapshot's evaluation: where nobody evaluates, they would pile up."""
 
@@ -100,12 +102,17 @@ def take_over(run_url: str, token: str) -> None:
 
 
 class Lease:
-    """Shows that this process trains in the folder, and notices the `stop` object there."""
+    """Shows that this process trains in the folder, and notices the `stop` object there.
 
-    def __init__(self, run_url: str, token: str) -> None:
+    check_owner: raises a ClaimError once the run belongs to a newer attempt, whose lease is then left alone.
+    """
+
+    def __init__(self, run_url: str, token: str, check_owner: Callable[[], None] = lambda: None) -> None:
         self._url = storage.join(run_url, "lease.json")
         self._stop_url = storage.join(run_url, "stop")
         self._token = token
+        self._check_owner = check_owner
+        self._lost: ClaimError | None = None
         self._beat = 0
         self._ended = threading.Event()
         self.step = 0
@@ -114,11 +121,20 @@ class Lease:
         self._thread = threading.Thread(target=self._work, name="lease", daemon=True)
         self._thread.start()
 
+    def poll(self) -> None:
+        """ClaimError if this attempt was seen to own the run no more."""
+        if self._lost is not None:
+            raise self._lost
+
     def release(self) -> None:
-        """Lets another job begin at once."""
+        """Lets another job begin at once; a lease that isn't ours any more is left alone."""
         self._ended.set()
         self._thread.join()
-        self._renew(released=True)
+        try:
+            self._renew(released=True)
+        except ClaimError as error:
+            log.warning("%s", error)
+            return
         if self.stop_requested:
             try:
                 _forget_stop(self._stop_url)
@@ -132,8 +148,12 @@ class Lease:
                 self.stop_requested = self.stop_requested or storage.exists(self._stop_url, patience_s=RENEW_S)
             except StorageError as error:
                 log.warning("the lease was not renewed: %s", error)
+            except ClaimError as error:
+                self._lost = error
+                return
 
     def _renew(self, released: bool) -> None:
+        self._check_owner()
         self._beat += 1
         lease = {
             "token": self._token,
@@ -169,7 +189,7 @@ def steps_to_keep(cfg: Config, steps: Sequence[int]) -> set[int]:
     question doesn't rate a step.
     """
     folder = storage.join(cfg.run.url, "evaluation")
-    best = _read_json(storage.join(folder, "best.json"), "step")
+    best = _read_json(storage.join(folder, "best.json"), {"step": int})
     keep = set(_best_steps(best))
     every = cfg.evaluation.every
     if every is not None:
@@ -197,7 +217,7 @@ def write_summary(run_url: str, summary: dict[str, Any]) -> None:
 
 
 def read_summary(run_url: str) -> dict[str, Any] | None:
-    return _read_json(storage.join(run_url, "summary.json"), "step")
+    return _read_json(storage.join(run_url, "summary.json"), _SUMMARY)
 
 
 def snapshot_url(run_url: str, step: int) -> str:
@@ -234,20 +254,21 @@ def last_sign_of_life(run_url: str) -> float | None:
 
 
 def _read_lease(run_url: str) -> dict[str, Any] | None:
-    return _read_json(storage.join(run_url, "lease.json"), "token")
+    return _read_json(storage.join(run_url, "lease.json"), _LEASE)
 
 
-def _read_json(url: str, key: str) -> dict[str, Any] | None:
-    """An object that has this key; None if there is none, or if it is damaged: it is written anew."""
+def _read_json(url: str, kinds: Mapping[str, Any]) -> dict[str, Any] | None:
+    """An object that has these keys with values of these kinds; None if there is none, or if it is damaged or not ours:
+    it is written anew."""
     try:
         found = json.loads(storage.read(url))
     except NotFoundError:
         return None
     except ValueError:
         found = None
-    if isinstance(found, dict) and key in found:
+    if isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in kinds.items()):
         return found
-    log.warning("%s is damaged; it will be written anew", storage.redact(url))
+    log.warning("%s is damaged, or not ours; it will be written anew", storage.redact(url))
     return None
 
 

@@ -3,7 +3,7 @@
 import gzip
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +19,9 @@ log = logging.getLogger(__name__)
 class StepTrace:
     """Records the steps first..last (from 0, inclusive) of logging.profile_steps, and publishes one file."""
 
-    def __init__(self, cfg: Config, world: World) -> None:
+    def __init__(self, cfg: Config, world: World, check_owner: Callable[[], None]) -> None:
+        """check_owner: raises if this attempt may publish nothing more."""
+        self._check_owner = check_owner
         self._steps = cfg.logging.profile_steps if world.is_first else None
         self._on_cuda = world.device.type == "cuda"
         self._folder = storage.join(cfg.run.url, "profiles")
@@ -45,5 +47,6 @@ class StepTrace:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trace.json"
             finished.export_chrome_trace(str(path))
+            self._check_owner()
             storage.publish(url, gzip.compress(path.read_bytes()))
         log.info("trace of steps %d to %d: %s", first, last, url)

@@ -7,12 +7,16 @@ import sys
 import time
 
 import pytest
+import torch
 
-from ddpm_dist import storage
+from ddpm_dist import snapshot, storage
+from ddpm_dist.engine import World
 from ddpm_dist.errors import ClaimError, ConfigError
 from ddpm_dist.recipe import parse_config
+from ddpm_dist.state import StateStore
 from ddpm_dist.training import run_folder
 
+ALONE = World(0, 1, 0, torch.device("cpu"), "gloo")
 RECIPE = """
 run: {{url: "{url}"}}
 data: {{url: memory://data, image_size: 8, channels: 1}}
@@ -111,6 +115,45 @@ def test_a_living_owner_is_named(url) -> None:
     run_folder.take_over(url, "b")
 
 
+def test_who_lost_the_run_leaves_its_lease_alone(url, monkeypatch) -> None:
+    """A void attempt, as after a network cut, must neither look like the owner nor release what isn't its own."""
+    monkeypatch.setattr(run_folder, "RENEW_S", 0.2)
+    cfg = config(url)
+    void = StateStore(cfg, ALONE)
+    void.claim()
+    held = run_folder.Lease(url, "void", void.check_owner)
+    held.poll()
+    owner = StateStore(cfg, ALONE)
+    owner.claim()
+    owners = run_folder.Lease(url, "owner", owner.check_owner)
+    held._thread.join(30)
+    with pytest.raises(ClaimError, match="has taken this run over"):
+        held.poll()
+    storage.publish(f"{url}/stop", b"")
+    held.release()
+    time.sleep(0.5)
+    there = json.loads(storage.read(f"{url}/lease.json"))
+    assert there["token"] == "owner"
+    assert not there["released"]
+    owners.release()
+    assert json.loads(storage.read(f"{url}/lease.json"))["released"]
+
+
+def test_who_lost_the_run_neither_writes_nor_withdraws_a_snapshot(url) -> None:
+    cfg = config(url, "checkpoint.snapshot_every_steps=10")
+    network, diffusion = snapshot.build(cfg)
+    place = run_folder.snapshot_url(url, 10)
+    void, owner = StateStore(cfg, ALONE), StateStore(cfg, ALONE)
+    void.claim()
+    owner.claim()
+    snapshot.save_snapshot(place, network, network.config, diffusion, {"step": 10}, owner.check_owner)
+    before = {name: storage.read(storage.join(place, name)) for name in storage.list_objects(place)}
+    other = {name: tensor + 1 for name, tensor in network.state_dict().items()}
+    with pytest.raises(ClaimError, match="has taken this run over"):
+        snapshot.save_snapshot(place, other, network.config, diffusion, {"step": 10}, void.check_owner)
+    assert {name: storage.read(storage.join(place, name)) for name in storage.list_objects(place)} == before
+
+
 def test_a_stop_object_is_noticed_and_removed_when_obeyed(url, monkeypatch) -> None:
     monkeypatch.setattr(run_folder, "RENEW_S", 0.2)
     held = run_folder.Lease(url, "a")
@@ -150,10 +193,15 @@ def test_newest_snapshot_is_the_newest_whole_one(url) -> None:
     assert run_folder.newest_snapshot(url) == run_folder.snapshot_url(url, 10)
 
 
-@pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b"\xff\xfe"])
+FOREIGN = b'{"token": "a", "holder": "another program", "step": "5"}'
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b"\xff\xfe", FOREIGN])
 def test_damaged_small_objects_are_written_anew(url, damage, caplog) -> None:
     for name in ("lease.json", "summary.json"):
         storage.publish(f"{url}/{name}", damage)
     run_folder.take_over(url, "me")
+    assert run_folder.last_sign_of_life(url) is None
     assert run_folder.read_summary(url) is None
-    assert "summary.json is damaged; it will be written anew" in caplog.text
+    assert "lease.json is damaged, or not ours; it will be written anew" in caplog.text
+    assert "summary.json is damaged, or not ours; it will be written anew" in caplog.text
