@@ -19,12 +19,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("url", metavar="URL")
+    parser.add_argument("--index", type=cli.url, metavar="URL", help="folder of the index (default: with the shards)")
     parser.add_argument("--no-decode", action="store_true", help="hashes and structure, without decoding the images")
     parser.add_argument(
         "--workers", type=cli.positive, metavar="N", help="processes (default: all cores, 1 for small sets)"
     )
     args = parser.parse_args(argv)
-    problems = verify_shards(args.url, workers=args.workers, decoded=not args.no_decode)
+    problems = verify_shards(args.url, at=args.index, workers=args.workers, decoded=not args.no_decode)
     for problem in problems:
         print(f"{problem.shard}: {problem.what}")
     print(f"{args.url}: {counted(len(problems), 'problem') if problems else 'all is as the index says'}")

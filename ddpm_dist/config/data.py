@@ -12,6 +12,8 @@ class DataConfig(Section):
 
     url: Free[Url | Annotated[dict[Url, Annotated[float, Field(gt=0)]], Field(min_length=1)]]
     """Folder with shards and index, or a mapping of such folders to mixing weights."""
+    index: Free[Url | dict[Url, Url] | None] = None
+    """Folder with the index, where it isn't with the shards (ddpm-shards index --index); of a mix, {set: folder}."""
     image_size: Positive
     """Height and width in pixels that the network sees; other sizes are resized and centre-cropped."""
     channels: Literal[1, 3] = 3

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ddpm_dist import storage
 from ddpm_dist.data.plans import plan_at
 from ddpm_dist.data.ranges import RangeReader
-from ddpm_dist.errors import ConfigError, DataError, NotFoundError, ShardError
+from ddpm_dist.errors import ConfigError, DataError, NotFoundError, ShardError, ShortReadError
 
 INDEX_NAME = "index.json"
 TABLE_FOLDER = "index"
@@ -193,7 +193,8 @@ def load_index(url: str, name: str | None = None, at: str | None = None) -> Data
         with closing(RangeReader()) as reader:
             data = reader.read_whole(storage.join(home, INDEX_NAME))
     except NotFoundError as error:
-        storage.check_access(home, name)
+        if not _is_http(home):
+            storage.check_access(home, name)
         plan = plan_at(url)
         if plan:
             raise DataError(
@@ -217,7 +218,24 @@ def load_index(url: str, name: str | None = None, at: str | None = None) -> Data
         raise DataError(f"{place}: altered: its content is {index.content_id}, it says {content_id}")
     if not index.num_samples:
         raise DataError(f"{place}: the data set is empty; ddpm-shards make writes one")
+    if _is_http(url):
+        _check_ranges(storage.join(url, index.shards[0].name))
     return DataIndex(url, index.shards, index.schema, about, at)
+
+
+def _is_http(url: str) -> bool:
+    return url.startswith(("http://", "https://"))
+
+
+def _check_ranges(url: str) -> None:
+    """DataError for a server that sends whole objects where a part is asked for: each block would fetch a shard."""
+    try:
+        storage.read_range(url, 0, 1, patience_s=0)
+    except ShortReadError as error:
+        raise DataError(
+            f"{error}: the server knows no byte ranges, without which a set can't be read; copy it to a store that "
+            f"does, such as a folder (file:///FOLDER)"
+        ) from None
 
 
 def _schema(values: Mapping[str, Any]) -> Schema:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_dist import rng
+from ddpm_dist import rng, storage
 from ddpm_dist.config import Config
 from ddpm_dist.data.cache import DiskCache
 from ddpm_dist.data.daemons import in_background
@@ -97,8 +97,9 @@ class Loader:
             bad.update(part.bad)
             seen += len(part.keys)
             if bad and bad.total() > data.max_bad_fraction * max(seen, allowed_at_least):
+                causes = ", ".join(f"{count} {cause.replace('_', ' ')}" for cause, count in bad.most_common())
                 raise BadSamplesError(
-                    f"data.max_bad_fraction: {bad.total()} of {seen} samples couldn't be decoded ({dict(bad)}), more "
+                    f"data.max_bad_fraction: {bad.total()} of {seen} samples couldn't be decoded ({causes}), more "
                     f"than the share {data.max_bad_fraction}; ddpm-shards verify lists them"
                 )
             ready = [self._batch(part, dict(bad))]
@@ -147,19 +148,41 @@ def open_sets(cfg: Config) -> tuple[list[DataIndex], list[float]]:
     They are ordered by content, so that a set may move to another URL.
     """
     urls = {cfg.data.url: 1.0} if isinstance(cfg.data.url, str) else cfg.data.url
-    return open_urls(urls, cfg.data.exclude_shards)
+    return open_urls(urls, cfg.data.exclude_shards, cfg.data.index)
 
 
-def open_urls(urls: Mapping[str, float], exclude_shards: Iterable[str] = ()) -> tuple[list[DataIndex], list[float]]:
-    """As `open_sets`, of {URL: weight}."""
-    found = [(load_index(url, "data.url"), weight) for url, weight in urls.items()]
+def open_urls(
+    urls: Mapping[str, float], exclude_shards: Iterable[str] = (), indexes: str | Mapping[str, str] | None = None
+) -> tuple[list[DataIndex], list[float]]:
+    """As `open_sets`, of {URL: weight}; indexes: the folder of the set's index, or {URL: folder} for some of them."""
+    at = _folders_of_indexes(urls, indexes)
+    names = {url: "data.index" if url in at else "data.url" for url in urls}
+    found = [(load_index(url, names[url], at.get(url)), weight) for url, weight in urls.items()]
     excluded = set(exclude_shards)
     unknown = excluded - {shard.name for index, _ in found for shard in index.shards}
     if unknown:
         raise ConfigError(f"data.exclude_shards: no shard is called {sorted(unknown)[0]!r}")
     found = [(index.without(excluded & {s.name for s in index.shards}), weight) for index, weight in found]
+    empty = next((index for index, _ in found if not index.num_samples), None)
+    if empty:
+        raise ConfigError(
+            f"data.exclude_shards: leaves out all shards of {storage.redact(empty.url)}; leave the set out"
+        )
     found.sort(key=lambda pair: pair[0].content_id)
     return [index for index, _ in found], [weight for _, weight in found]
+
+
+def _folders_of_indexes(urls: Mapping[str, float], indexes: str | Mapping[str, str] | None) -> Mapping[str, str]:
+    if isinstance(indexes, str):
+        if len(urls) > 1:
+            raise ConfigError(
+                f"data.index: one folder for {len(urls)} sets; write {{set: folder}} for those that need it"
+            )
+        return dict.fromkeys(urls, indexes)
+    unknown = sorted(set(indexes or ()) - set(urls))
+    if unknown:
+        raise ConfigError(f"data.index: {storage.redact(unknown[0])} is not a set of data.url")
+    return indexes or {}
 
 
 def make_order(cfg: Config, indexes: list[DataIndex], weights: list[float]) -> Order:
