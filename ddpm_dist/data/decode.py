@@ -93,7 +93,7 @@ def describe(data: bytes) -> tuple[str, int, int]:
             _check_chunks(data)
             width, height, *_ = _png_head(data)
             return "png", height, width
-        with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
             return str(image.format).lower(), image.height, image.width
     except BadSampleError:
         raise

@@ -28,13 +28,18 @@ from ddpm_dist.data.reading import NO_LABELS, Reading
 from ddpm_dist.data.settle import settle_classes
 from ddpm_dist.data.sources.base import open_input
 from ddpm_dist.data.sources.labels import read_labels
-from ddpm_dist.data.writer import IMAGELESS, OWN, UNREADABLE, WrittenShard, index_tar, make_index
+from ddpm_dist.data.writer import IMAGELESS, LYING, OWN, UNREADABLE, WrittenShard, index_tar, make_index
 from ddpm_dist.errors import ConfigError, DataError, NotFoundError
 from ddpm_dist.progress import Progress, counted
 
 log = logging.getLogger(__name__)
 
 SHOWN = 20
+SAID = {
+    IMAGELESS: "no image",
+    UNREADABLE: "no image",
+    LYING: "not upright by their EXIF orientation, and trained on as they lie (ddpm-shards make turns them)",
+}
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
@@ -78,7 +83,7 @@ def index_shards(
             f"this again, or leave them out with --leave-out-damaged (but not all)"
         )
     written = [finished[number] for number in sorted(finished)]
-    _tell_left_out(written)
+    _tell(written)
     _refuse_empty(url, written)
     written, class_names = settle_classes(home, written, reading)
     about: dict[str, Any] = {LEFT_OUT: damaged} if damaged else {}
@@ -166,9 +171,7 @@ def _refuse_empty(url: str, written: Sequence[WrittenShard]) -> None:
     if not samples:
         raise DataError(f"{storage.redact(url)}: {counted(len(written), 'shard')}, and no sample in them")
     if not any(part.summary.formats for part in written):
-        notes = (
-            (part.info.name, part.summary.left_out.get(why)) for part in written for why in (IMAGELESS, UNREADABLE)
-        )
+        notes = ((part.info.name, part.summary.notes.get(why)) for part in written for why in (IMAGELESS, UNREADABLE))
         held = next((f"; {name}: {found[1][0]}" for name, found in notes if found), "")
         raise DataError(
             f"{storage.redact(url)}: none of {counted(samples, 'sample')} has an image that can be read{held}. Images "
@@ -191,17 +194,17 @@ def _check_plan(plan: PlanHead | None, index: DataIndex) -> None:
         )
 
 
-def _tell_left_out(written: Sequence[WrittenShard]) -> None:
-    """Says which files of the tars belong to no sample."""
+def _tell(written: Sequence[WrittenShard]) -> None:
+    """Says which files of the tars belong to no sample, and which samples are not what they seem."""
     counts: Counter[str] = Counter()
     shown: dict[str, str] = {}
     for part in written:
-        for what, (count, paths) in part.summary.left_out.items():
+        for what, (count, paths) in part.summary.notes.items():
             counts[what] += count
             shown.setdefault(what, f"{part.info.name}: {', '.join(paths)}")
     for what in sorted(counts):
-        said = "no image: " if what in (IMAGELESS, UNREADABLE) else "left out: "
-        log.warning("index_shards: %s%s, such as %s", said, counted(counts[what], what), shown[what])
+        said = SAID.get(what, "left out")
+        log.warning("index_shards: %s: %s, such as %s", said, counted(counts[what], what), shown[what])
 
 
 class _Indexer:

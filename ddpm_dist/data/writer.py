@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ddpm_dist import storage
-from ddpm_dist.data import decode, tar
+from ddpm_dist.data import decode, tar, upright
 from ddpm_dist.data.index import (
     NO_LABEL,
     ROW,
@@ -25,7 +25,7 @@ from ddpm_dist.data.reading import REMEDY, Reading, class_of, image_of, names_am
 from ddpm_dist.errors import DataError
 
 PATHS_SHOWN = 3
-IMAGELESS, UNREADABLE = "imageless sample", "unreadable image"
+IMAGELESS, UNREADABLE, LYING = "imageless sample", "unreadable image", "photo"
 OWN = Reading()
 """How this project's own shards are read."""
 
@@ -51,8 +51,8 @@ class ShardSummary:
     max_size: tuple[int, int]
     classes: int
     """Largest label + 1; 0 without labels."""
-    left_out: Mapping[str, tuple[int, Sequence[str]]] = field(default_factory=dict)
-    """{what it is: (its number, some paths)} of files that belong to no sample, and of samples without an image."""
+    notes: Mapping[str, tuple[int, Sequence[str]]] = field(default_factory=dict)
+    """{what it is: (its number, some paths)} of files that belong to no sample, and of samples to know about."""
     names: tuple[str, ...] = ()
     """Names of the classes of this shard, where they aren't numbers."""
     labels: Sequence[int] | None = None
@@ -122,7 +122,7 @@ def index_tar(
     its name in the summary's `names`.
     """
     found = tar.contents(data, name, reading.split)
-    left_out = dict(found.left_out)
+    notes = {what: list(paths) for what, paths in found.left_out.items()}
     rows = np.zeros(len(found.samples), ROW)
     keys: list[bytes] = []
     classes: list[int | str | None] = []
@@ -142,7 +142,7 @@ def index_tar(
         end += len(keys[-1])
         image = image_of(members, reading, name)
         if image is None:
-            left_out.setdefault(IMAGELESS, []).append(f"{key} ({shown_members(members)})")
+            notes.setdefault(IMAGELESS, []).append(f"{key} ({shown_members(members)})")
         classes.append(class_of(data, {member.extension: member for member in members}, reading, labels, name))
         start, size = (image.offset, image.size) if image else (members[0].offset, 0)
         if size >= 2**32:
@@ -153,9 +153,11 @@ def index_tar(
             form, height, width = decode.describe(content)
             sizes.append((height, width))
             formats[form] += 1
+            if upright.orientation(content) != upright.UPRIGHT:
+                notes.setdefault(LYING, []).append(key)
         except decode.BadSampleError as error:  # the loader counts it by cause, ddpm-shards verify names all
             if image is not None:
-                left_out.setdefault(UNREADABLE, []).append(f"{key}: {error}")
+                notes.setdefault(UNREADABLE, []).append(f"{key}: {error}")
     names = names_among(classes, name)
     numbers = {class_name: number for number, class_name in enumerate(names)}
     rows["label"] = [_number(value, numbers) for value in classes]
@@ -164,7 +166,7 @@ def index_tar(
     info = ShardInfo(name, len(data), len(rows), content_hash(data), len(table_data), content_hash(table_data))
     lows = (min((h for h, _ in sizes), default=0), min((w for _, w in sizes), default=0))
     highs = (max((h for h, _ in sizes), default=0), max((w for _, w in sizes), default=0))
-    shown = {what: (len(paths), paths[:PATHS_SHOWN]) for what, paths in left_out.items()}
+    shown = {what: (len(paths), paths[:PATHS_SHOWN]) for what, paths in notes.items()}
     largest = int(rows["label"].max(initial=NO_LABEL))
     return WrittenShard(info, ShardSummary(dict(formats), lows, highs, largest + 1, shown, tuple(names))), table
 

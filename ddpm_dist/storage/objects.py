@@ -16,7 +16,7 @@ from ddpm_dist.errors import AccessError, NotFoundError, ShortReadError, Storage
 from ddpm_dist.storage import identity, multipart, s3, signing
 from ddpm_dist.storage.errors import PATIENCE_S, answer_of, redact, retry
 from ddpm_dist.storage.filesystem import filesystem, is_local, is_s3
-from ddpm_dist.storage.local import check_folder, copy_file, is_temporary, replace_file
+from ddpm_dist.storage.local import check_folder, copy_file, is_temporary, replace_file, sizes as local_sizes
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -101,6 +101,9 @@ def list_objects(url: str, patience_s: float = PATIENCE_S) -> dict[str, int]:
     if is_s3(fs):
         sizes = retry(lambda: s3.sizes(fs, path), url, patience_s)
         return {name: sizes[name] for name in sorted(sizes) if not is_temporary(name)}
+    if is_local(fs):
+        files = retry(lambda: local_sizes(path), url, patience_s)
+        return {name: files[name] for name in sorted(files) if not is_temporary(name)}
     prefix = path.rstrip("/") + "/"
     found = _listing(lambda: fs.find(path, withdirs=False, detail=True), {}, url, patience_s)
     names = [name for name in sorted(found) if name.startswith(prefix) and not name.endswith("/")]

@@ -1,13 +1,17 @@
 """index_shards on sets of others: nothing of theirs is touched, nothing is lost in silence, nothing hangs."""
 
+import errno
 import gzip
 import io
 import json
 import logging
+import os
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from ddpm_dist import storage
 from ddpm_dist.data import parts, tar
@@ -21,7 +25,7 @@ from ddpm_dist.data.reading import Reading
 from ddpm_dist.data.sources import SourceOptions
 from ddpm_dist.data.verify import verify_shards
 from ddpm_dist.data.writer import shard_bytes
-from ddpm_dist.errors import ConfigError, DataError, DdpmDistError, NotFoundError, ShardError
+from ddpm_dist.errors import AccessError, ConfigError, DataError, DdpmDistError, NotFoundError, ShardError
 from tests.data.others import image, put, tarred, with_size
 from tests.data.test_writer import samples
 
@@ -588,3 +592,44 @@ def test_the_index_of_a_set_that_can_not_be_written_to(tmp_path: Path) -> None:
     assert ShardReader(load_index(url, at=home)).sample(0, 1).image == image(1)
     with pytest.raises(DataError, match=r"index\.json: not an index"):
         load_index(url)
+
+
+def test_photos_that_lie_on_their_side_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    exif = Image.Exif()
+    exif[0x112] = 6
+    out = io.BytesIO()
+    Image.new("RGB", (8, 4)).save(out, "JPEG", exif=exif)
+    url = put(f"file://{tmp_path}", [("0.jpg", out.getvalue()), ("1.jpg", image(form="JPEG"))])
+    with caplog.at_level(logging.INFO):
+        assert index_shards(url).schema.max_size == (8, 8)
+    assert "trained on as they lie (ddpm-shards make turns them): 1 photo, such as 0.tar: 0" in caplog.text
+
+
+def test_links_below_a_set_are_followed_and_what_can_not_be_read_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(f"file://{tmp_path}/elsewhere", [("0.png", image())])
+    put(f"file://{tmp_path}/set", [("1.png", image(1))], "plain/1.tar")
+    (tmp_path / "set/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set/2.tar").symlink_to(tmp_path / "elsewhere/0.tar")
+    (tmp_path / "set/plain/loop").symlink_to(tmp_path / "set")
+    url = f"file://{tmp_path}/set"
+    assert storage.list_objects(url).keys() == {"2.tar", "linked/0.tar", "plain/1.tar"}
+    (tmp_path / "set/3.tar").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"1 of 4 shards can't be indexed:\n  3\.tar: vanished"):
+        index_shards(url)
+    (tmp_path / "set/3.tar").unlink()
+    index = index_shards(url)
+    assert [shard.name for shard in index.shards] == ["2.tar", "linked/0.tar", "plain/1.tar"]
+    assert verify_shards(url) == []
+
+    scan = os.scandir
+
+    def without_rights(path: str) -> Iterator[os.DirEntry[str]]:
+        if str(path).rstrip("/").endswith("plain"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", without_rights)
+    with pytest.raises(AccessError, match="Permission denied"):
+        storage.list_objects(url)
