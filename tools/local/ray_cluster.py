@@ -30,9 +30,12 @@ class RayCluster:
 
     Its token lives in a file that only this user reads, and its logs in a temporary folder with a short name (Ray's
     sockets have long ones). `env` is for clients. Start it in the main thread: it dies with that.
+
+    programs: the folder of the `ray` and `python` to use, by default those of this process.
     """
 
-    def __init__(self, cpus: int, environment: Mapping[str, str]) -> None:
+    def __init__(self, cpus: int, environment: Mapping[str, str], programs: Path | None = None) -> None:
+        self._programs = programs or Path(sys.executable).parent
         self._folder = Path(tempfile.mkdtemp(prefix="ddpm-ray-", dir="/tmp"))
         self._guardian: subprocess.Popen[bytes] | None = None
         self._owner = os.getpid()
@@ -44,7 +47,7 @@ class RayCluster:
         mine = {name: value for name, value in environment.items() if not name.startswith("RAY_")}
         self.env = {
             **mine,
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}",
+            "PATH": f"{self._programs}{os.pathsep}{environment.get('PATH', os.defpath)}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token_file),
             "RAY_API_SERVER_ADDRESS": self.address,
@@ -61,7 +64,7 @@ class RayCluster:
     def start(self) -> "RayCluster":
         """Returns when jobs can be submitted; ClusterError with Ray's own words if that doesn't come."""
         output = self._folder / "ray_start.log"
-        command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"]
+        command = [str(self._programs / "ray"), "start", "--head", "--block"]
         command += ["--node-ip-address=127.0.0.1", f"--port={free_port()}", f"--num-cpus={self.cpus}", "--num-gpus=0"]
         command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={self.address.rpartition(':')[2]}"]
         command += [f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}"]
@@ -81,16 +84,17 @@ class RayCluster:
             time.sleep(0.2)
         return self
 
-    def submit(self, command: Sequence[str], show: Callable[[str], None], working_dir: Path = ROOT) -> None:
+    def submit(self, command: Sequence[str], show: Callable[[str], None], working_dir: Path | None = ROOT) -> None:
         """`ray job submit` of a command and waits for it; each line of output goes to `show`.
 
-        Raises ClusterError if the job fails. The job's processes end with the cluster.
+        working_dir: what Ray copies to the nodes; None where the command is installed on them. Raises ClusterError if
+        the job fails. The job's processes end with the cluster.
         """
-        submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--working-dir", str(working_dir)]
+        copied = [] if working_dir is None else ["--working-dir", str(working_dir)]
         client = start_bound(
-            [*submit, "--", *command],
+            [str(self._programs / "ray"), "job", "submit", *copied, "--", *command],
             env=self.env,
-            cwd=working_dir,
+            cwd=working_dir or self._folder,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
