@@ -8,10 +8,10 @@ INSTALLED := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-hosts test-fid check clean
+.PHONY: help demo test test-full test-hosts test-fid test-pythons check clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | awk -F '\t' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 demo: $(INSTALLED)  ## train, sample and evaluate on real data with a real cluster and S3 server; DATA=digits|fashion-mnist|emoji
 	@exec $(BIN)/python tools/local/demo.py $(DATA)
@@ -28,6 +28,12 @@ test-hosts: $(INSTALLED)  ## several hosts on this machine (namespaces: Linux, r
 test-fid: $(INSTALLED) .venv-fid/.installed  ## FID's network against torch-fidelity, which gets an environment of its own (6 GB)
 	@$(PYTEST) -m fid tests/evaluation
 
+test-pythons:  ## the tests under each of Python 3.12 and 3.13 that is found, in an environment of its own
+	@for version in 3.12 3.13; do \
+		if ! python$$version -c '' 2>/dev/null; then echo "python$$version is not found here: not tested"; continue; fi; \
+		$(MAKE) --no-print-directory test PYTHON=python$$version VENV=.venv-$$version || exit 1; \
+	done
+
 check: $(INSTALLED)  ## formatter, linter, types, layering
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -35,7 +41,7 @@ check: $(INSTALLED)  ## formatter, linter, types, layering
 	@$(PYTEST) -q tests/test_layering.py
 
 clean:  ## removes what can be made again: virtual environments, caches, out/demo
-	rm -rf .venv .venv-fid build *.egg-info out/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-fid .venv-3.* build *.egg-info out/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): setup.py constraints.txt
