@@ -87,7 +87,7 @@ def find_origin(url: str) -> str:
     if found is None:
         raise ConfigError(
             f"run.init_from: {storage.redact(url)} is neither a snapshot, nor a training state, nor the folder of a "
-            "run that has one of them; weights of other programs become a snapshot by tools/convert_weights.py"
+            "run that has one of them; weights of other programs become a snapshot by ddpm-convert"
         )
     return found
 
