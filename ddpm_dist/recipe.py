@@ -70,20 +70,24 @@ def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> Config:
 
     recipe: path of a YAML file, or the name of one that comes with the package, such as cifar10.
     """
+    return parse_config(read_recipe(recipe), overrides, source=str(recipe))
+
+
+def read_recipe(recipe: str | Path) -> str:
+    """The text of a recipe, by its path or its name; ConfigError if there is none."""
     named = recipes().get(str(recipe))
     if named is not None and Path(recipe).is_file():
         raise ConfigError(
             f"--config {recipe}: a recipe's name, and a file here; write ./{recipe}, or for the recipe {named}"
         )
     try:
-        text = (named or Path(recipe)).read_text(encoding="utf-8")
+        return (named or Path(recipe)).read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ConfigError(f"--config {recipe}: not a text file (UTF-8)") from None
     except IsADirectoryError:
         raise ConfigError(f"--config {recipe}: a folder; name a file, or {_shipped()}") from None
     except OSError as error:
         raise ConfigError(f"--config {recipe}: {error.strerror or error}; name a file, or {_shipped()}") from None
-    return parse_config(text, overrides, source=str(recipe))
 
 
 def _shipped() -> str:

@@ -1,10 +1,14 @@
-"""Weights of others -> a snapshot of ours: diffusers folders, and the official code's variables as an .npz.
+"""Weights of others -> a snapshot of ours: diffusers' folders, and files of torch.save, .safetensors and .npz.
 
     ddpm-convert file:///data/ddpm-cifar10-32 s3://bucket/weights/cifar10
-    ddpm-convert file:///data/cifar10.npz s3://bucket/weights/cifar10 --config cifar10
+    ddpm-convert file:///data/ema_diffusion_cifar10_model/model-790000.ckpt s3://bucket/weights/cifar10 --config cifar10
+    ddpm-convert file:///data/256x256_diffusion_uncond.pt s3://bucket/weights/adm256 data.image_size=256 \\
+        model.head_channels=64 diffusion.timesteps=1000 diffusion.schedule=linear diffusion.prediction=eps --qkv together
 
-A folder of diffusers says itself what network it is. An .npz doesn't: give the recipe it was trained with.
-To make one from the official TensorFlow checkpoint, where TensorFlow is installed:
+A pipeline of diffusers says itself what network it is. A file is recognised by its parameters' names, and what it
+doesn't tell is asked for: as a recipe, or as single keys. docs/weights.md lists what is read.
+
+The official TensorFlow checkpoints become an .npz where TensorFlow is installed:
 
     r = tf.train.load_checkpoint(path); np.savez(out, **{n: r.get_tensor(n) for n in r.get_variable_to_shape_map()})
 
@@ -13,26 +17,26 @@ fixed input, of which four numbers are printed and saved. Compare them with a pe
 """
 
 import argparse
-import io
-import zipfile
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from ddpm_dist import cli, rng, storage
-from ddpm_dist.diffusion import GaussianDiffusion
 from ddpm_dist.errors import ConfigError, SnapshotError
 from ddpm_dist.models import UNet
-from ddpm_dist.recipe import load_config
 from ddpm_dist.snapshot import (
     INDEX,
-    build,
-    from_official,
+    Foreign,
+    Told,
+    in_cache,
     load_info,
-    load_into,
     load_snapshot,
-    not_kept_in,
+    notes_on,
+    read_file,
+    read_folder,
+    read_npz,
     save_snapshot,
 )
 
@@ -48,17 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(
             f"{args.destination}: holds a snapshot already; give another folder, or delete that one first"
         )
-    if args.source.endswith(".npz"):
-        kind = args.weights or "ema"
-        unet, diffusion = read_npz(args.source, args.config, args.overrides, kind == "ema")
-        info = {"kind": kind, "null_label": None}
-    else:
-        if args.config or args.weights or args.overrides:
-            raise ConfigError("--config, --weights and overrides are for an .npz; a folder says itself what it holds")
-        unet, diffusion = load_snapshot(args.source)
-        for name, value in not_kept_in(args.source).items():
-            print(f"not kept: its scheduler's {name}: {value}; here how to sample belongs to a job (`sampling.…`)")
-        info = {key: value for key, value in load_info(args.source).items() if key in ("kind", "null_label", "config")}
+    told = Told(args.config, tuple(args.overrides), args.weights, args.qkv)
+    found, info = read(args.source, told)
+    unet, diffusion = found.unet, found.diffusion
     expected = output_checksum(unet, diffusion.timesteps)
     if not np.isfinite(expected).all():
         raise SnapshotError(f"{args.source}: the network's output on a fixed input is not finite; are its weights?")
@@ -72,19 +68,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{storage.redact(args.destination)}: {count:,} parameters, output checksum {_show(expected)}")
 
 
-def read_npz(url: str, recipe: str | None, overrides: Sequence[str], ema: bool) -> tuple[UNet, GaussianDiffusion]:
-    """Network and process of the official code's variables; what they don't tell comes from the recipe."""
-    if recipe is None:
-        raise ConfigError(f"--config: {url} doesn't say what network it is; give its recipe, such as cifar10")
-    unet, diffusion = build(load_config(recipe, overrides))
-    try:
-        with np.load(io.BytesIO(storage.read(url)), allow_pickle=False) as arrays:
-            variables = {name: arrays[name] for name in arrays.files}
-        weights = from_official(variables, unet.config, ema)
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile):
-        raise SnapshotError(f"{storage.redact(url)}: not an .npz of plain arrays of numbers, by name") from None
-    load_into(unet, weights, storage.redact(url))
-    return unet.eval(), diffusion
+def read(source: str, told: Told) -> tuple[Foreign, dict[str, Any]]:
+    """What a source holds, and what is known of it beside the weights; prints what isn't taken over."""
+    source = in_cache(source)
+    names = storage.list_names(source)  # of a folder
+    if INDEX not in names:
+        if names:
+            found = read_folder(source, told)
+        elif source.endswith(".npz"):
+            found = read_npz(source, told)
+        elif storage.exists(source):
+            found = read_file(source, told)
+        else:
+            raise SnapshotError(f"{storage.redact(source)}: not a snapshot, and no file of weights: there is nothing")
+        print(f"{storage.redact(source)}: {found.layout}, {found.kind or 'raw or averaged, it does not say'}")
+        return found, {"kind": found.kind, "null_label": None}
+    if told != Told():
+        raise ConfigError(
+            "--config, --weights, --qkv and overrides are for files that don't tell all; a snapshot or pipeline says "
+            "itself what it holds"
+        )
+    for note in notes_on(source):
+        print(f"not kept: {note}; here how to sample belongs to a job (`sampling.…`)")
+    unet, diffusion = load_snapshot(source)
+    info = load_info(source)
+    kept = {key: info[key] for key in ("kind", "null_label", "config")}
+    return Foreign(unet, diffusion, info["kind"], "diffusers' pipeline"), kept
 
 
 @torch.no_grad()
@@ -111,10 +120,13 @@ def _show(checksum: Sequence[float]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="URL of a diffusers folder or of an .npz")
+    parser.add_argument("source", help="URL of a folder of diffusers, or of a file of weights")
     parser.add_argument("destination", help="URL of the snapshot's folder")
-    cli.config_option(parser, "of an .npz")
-    parser.add_argument("--weights", choices=("ema", "raw"), help="which variables of an .npz; ema if not given")
+    cli.config_option(parser, "that says what a file doesn't tell")
+    parser.add_argument("--weights", choices=("ema", "raw"), help="which of the weights; ema if there are both")
+    parser.add_argument(
+        "--qkv", choices=("together", "apart"), help="whether a head's q, k and v lie together (OpenAI)"
+    )
     parser.add_argument("--checksum", type=float, nargs=4, metavar="NUMBER", help="what the output must give")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of --config")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="the same, as single keys")
     return parser

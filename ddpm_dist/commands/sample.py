@@ -12,6 +12,7 @@ pool.
 import argparse
 import itertools
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,8 @@ from ddpm_dist.errors import ConfigError, SamplingError
 from ddpm_dist.recipe import apply_override, dump_config, load_config, parse_yaml, validate
 from ddpm_dist.sampling import export_npz, export_png, job
 from ddpm_dist.training.run_folder import newest_snapshot, snapshot_at
+
+log = logging.getLogger(__name__)
 
 _FREE_SECTIONS = ("sampling", "cluster", "evaluation")
 
@@ -68,7 +71,10 @@ def run(args: argparse.Namespace) -> list[job.Result]:
     else:
         cfg = stored_config(snapshots[0], args.overrides)
     print_if_asked(args, cfg)
-    orders = make_orders(args, cfg, snapshots or [newest(cfg)])
+    snapshots = snapshots or [newest(cfg)]
+    for url in snapshots:
+        say_what_is_left(url)
+    orders = make_orders(args, cfg, snapshots)
     if len(orders) > 1 and (args.npz or args.png):
         raise SamplingError(f"--npz and --png: of one set of samples, and this job makes {len(orders)}; make it first")
     results = job.run(orders, workers(args.workers, cfg), cfg.cluster, verify=args.verify)
@@ -134,6 +140,12 @@ def workers(text: str | None, cfg: Config) -> tuple[int, int]:
     if not 1 <= bounds[0] <= bounds[1]:
         raise SamplingError(f"--workers {text}: expected N or MIN:MAX with 1 ≤ MIN ≤ MAX, such as 4 or 1:8")
     return bounds
+
+
+def say_what_is_left(url: str) -> None:
+    """What a snapshot of diffusers says of sampling that isn't taken over, as ddpm-convert says it."""
+    for note in snapshot.notes_on(url):
+        log.info("%s: not kept: %s; how to sample belongs to a job (`sampling.…`)", storage.redact(url), note)
 
 
 def stored_config(url: str, overrides: Sequence[str]) -> Config:

@@ -9,12 +9,16 @@ from ddpm_dist.lazy import lazily
 
 if TYPE_CHECKING:
     from ddpm_dist.models.arithmetic import SLOW_BF16 as SLOW_BF16
-    from ddpm_dist.models.config import UNetConfig as UNetConfig
+    from ddpm_dist.models.config import (
+        UNetConfig as UNetConfig,
+        current_keys as current_keys,
+        unknown_keys as unknown_keys,
+    )
     from ddpm_dist.models.unet import UNet as UNet
 
 __all__, _named = lazily(
     __name__,
-    config="UNetConfig",
+    config="UNetConfig current_keys unknown_keys",
     unet="UNet",
     arithmetic="SLOW_BF16",
 )

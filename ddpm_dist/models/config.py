@@ -127,10 +127,7 @@ class UNetConfig:
             raise SnapshotError(
                 f"{source}: _class_name is {config['_class_name']!r}, another network; known is UNet2DModel"
             )
-        config = {_FORMER_KEYS.get(name, name): value for name, value in config.items()}
-        for name in ("down_block_types", "up_block_types"):
-            if isinstance(config.get(name), list):
-                config[name] = [_FORMER_BLOCKS.get(str(block), block) for block in config[name]]
+        config = current_keys(config)
         missing = [name for name in _REQUIRED if name not in config]
         if missing:
             raise SnapshotError(
@@ -205,6 +202,24 @@ _FIXED: dict[str, Any] = {
     "time_embedding_type": "positional",
 }
 """Settings of UNet2DModel of which this network knows one value."""
+
+
+def current_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """A `unet/config.json` of any age with today's names."""
+    current = {_FORMER_KEYS.get(name, name): value for name, value in config.items()}
+    for name in ("down_block_types", "up_block_types"):
+        if isinstance(current.get(name), list):
+            current[name] = [_FORMER_BLOCKS.get(str(block), block) for block in current[name]]
+    return current
+
+
+def unknown_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """What a `unet/config.json` says that this network hasn't heard of."""
+    known = {field.name for field in fields(UNetConfig)} | _FIXED.keys() | {*_INERT}
+    known |= {"num_train_timesteps", "time_embedding_dim"}
+    current = current_keys(config)
+    return {name: current[name] for name in sorted(current) if name not in known and not name.startswith("_")}
+
 
 OUR_CLASS = "DdpmDistUNet"
 """Written as _class_name of a network that UNet2DModel can't be, so that diffusers refuses it."""

@@ -17,11 +17,17 @@ if TYPE_CHECKING:
         load_info as load_info,
         load_snapshot as load_snapshot,
         network_in as network_in,
-        not_kept_in as not_kept_in,
+        notes_on as notes_on,
         save_snapshot as save_snapshot,
         snapshot_id as snapshot_id,
     )
-    from ddpm_dist.snapshot.names import from_official as from_official, load_into as load_into
+    from ddpm_dist.snapshot.foreign import (
+        Foreign as Foreign,
+        in_cache as in_cache,
+        read_file as read_file,
+        read_folder as read_folder,
+        read_npz as read_npz,
+    )
     from ddpm_dist.snapshot.recipes import (
         check_describable as check_describable,
         keys_of_network as keys_of_network,
@@ -30,12 +36,14 @@ if TYPE_CHECKING:
         open_keys_of as open_keys_of,
         reconcile as reconcile,
     )
+    from ddpm_dist.snapshot.told import Told as Told
 
 __all__, _named = lazily(
     __name__,
     fitting="Task changes fit",
-    folder="INDEX build diffusion_in load_info load_snapshot network_in not_kept_in save_snapshot snapshot_id",
-    names="from_official load_into",
+    folder="INDEX build diffusion_in load_info load_snapshot network_in notes_on save_snapshot snapshot_id",
+    foreign="Foreign in_cache read_file read_folder read_npz",
+    told="Told",
     recipes="check_describable keys_of_network keys_of_process network_of open_keys_of reconcile",
 )
 if not TYPE_CHECKING:

@@ -12,7 +12,6 @@ of what is saved.
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,7 +24,8 @@ from ddpm_dist import storage
 from ddpm_dist.config import Config
 from ddpm_dist.diffusion import GaussianDiffusion
 from ddpm_dist.errors import NotFoundError, SnapshotError
-from ddpm_dist.models import UNet, UNetConfig
+from ddpm_dist.models import UNet, UNetConfig, current_keys, unknown_keys
+from ddpm_dist.snapshot.files import STEM, parse_json, read_weights, what_is_in
 from ddpm_dist.snapshot.names import load_into, modern_names
 from ddpm_dist.snapshot.recipes import LEARNED, network_of
 from ddpm_dist.snapshot.scheduler import from_diffusers, not_kept, portable, to_diffusers
@@ -51,23 +51,26 @@ def network_in(url: str) -> UNetConfig:
     """The network of a snapshot, by its config alone."""
     read_index(url)
     name, data = _read_one(url, UNET_CONFIG, "config.json", sums={})
-    return UNetConfig.from_diffusers(_parse(data, f"{storage.redact(url)}/{name}"), f"{storage.redact(url)}/{name}")
+    return UNetConfig.from_diffusers(parse_json(data, f"{storage.redact(url)}/{name}"), f"{storage.redact(url)}/{name}")
 
 
 def diffusion_in(url: str) -> GaussianDiffusion:
     """The diffusion process of a snapshot, without its weights."""
-    return from_diffusers(*_scheduler_in(url))
+    return from_diffusers(*_scheduler_in(url), network_in(url).learns_variance)
 
 
-def not_kept_in(url: str) -> dict[str, Any]:
-    """What a folder of diffusers says of sampling that a snapshot of ours doesn't carry: its names and values."""
-    return not_kept(_scheduler_in(url)[0])
+def notes_on(url: str) -> list[str]:
+    """What a folder of diffusers says that isn't taken over: how to sample, and settings that are unknown here."""
+    name, data = _read_one(url, UNET_CONFIG, "config.json", sums={})
+    unknown = unknown_keys(parse_json(data, f"{storage.redact(url)}/{name}"))
+    found = [f"its network's {key}: {value}, which is unknown here" for key, value in unknown.items()]
+    return not_kept(_scheduler_in(url)[0]) + found
 
 
 def _scheduler_in(url: str) -> tuple[dict[str, Any], str]:
     read_index(url)
     name, data = _read_one(url, SCHEDULER_CONFIG, "scheduler_config.json", sums={})
-    return _parse(data, f"{storage.redact(url)}/{name}"), f"{storage.redact(url)}/{name}"
+    return parse_json(data, f"{storage.redact(url)}/{name}"), f"{storage.redact(url)}/{name}"
 
 
 def save_snapshot(
@@ -128,25 +131,27 @@ def load_snapshot(url: str) -> tuple[UNet, GaussianDiffusion]:
     place = storage.redact(url)
     sums = load_info(url)["files"]
     config_name, config_bytes = _read_one(url, UNET_CONFIG, "config.json", sums=sums)
-    weights_name, weights_bytes = _read_one(
-        url, WEIGHTS, "unet/diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors",
-        "diffusion_pytorch_model.bin", sums=sums,
-    )  # fmt: skip
+    weights_name, weights = read_weights(url, ("unet/", ""), lambda name: _read(url, name, sums))
     scheduler_name, scheduler_bytes = _read_one(url, SCHEDULER_CONFIG, "scheduler_config.json", sums=sums)
-    config = UNetConfig.from_diffusers(_parse(config_bytes, f"{place}/{config_name}"), f"{place}/{config_name}")
-    scheduler = _parse(scheduler_bytes, f"{place}/{scheduler_name}")
-    diffusion = from_diffusers(scheduler, f"{place}/{scheduler_name}")
+    config = UNetConfig.from_diffusers(parse_json(config_bytes, f"{place}/{config_name}"), f"{place}/{config_name}")
+    scheduler = parse_json(scheduler_bytes, f"{place}/{scheduler_name}")
+    diffusion = from_diffusers(scheduler, f"{place}/{scheduler_name}", config.learns_variance)
     outputs = config.in_channels * (2 if diffusion.variance in LEARNED else 1)
     if config.out_channels != outputs:
         raise SnapshotError(
             f"{place}/{config_name}: out_channels is {config.out_channels}, but {scheduler_name} has a variance "
             f"({diffusion.variance}) for which the network gives {outputs}"
         )
+    unet = empty(config)
+    load_into(unet, modern_names(weights), f"{place}/{weights_name}")
+    return unet.eval(), diffusion
+
+
+def empty(config: UNetConfig) -> UNet:
+    """The network without weights: what is in its memory."""
     with torch.device("meta"):
         unet = UNet(config)
-    unet.to_empty(device="cpu")
-    load_into(unet, modern_names(parse_weights(weights_bytes, f"{place}/{weights_name}")), f"{place}/{weights_name}")
-    return unet.eval(), diffusion
+    return unet.to_empty(device="cpu")
 
 
 def load_info(url: str) -> dict[str, Any]:
@@ -159,7 +164,7 @@ def load_info(url: str) -> dict[str, Any]:
     read_index(url)
     unknown = dict.fromkeys(("step", "images_seen", "kind", "config", "null_label"))
     try:
-        ours = _parse(storage.read(storage.join(url, OURS)), storage.redact(storage.join(url, OURS)))
+        ours = parse_json(storage.read(storage.join(url, OURS)), storage.redact(storage.join(url, OURS)))
     except NotFoundError:
         return {**unknown, **_info_of_diffusers(url), "portable": True, "not_portable_because": None, "files": {}}
     if ours.get("format") != FORMAT:
@@ -174,7 +179,7 @@ def load_info(url: str) -> dict[str, Any]:
 
 def _info_of_diffusers(url: str) -> dict[str, Any]:
     name, data = _read_one(url, UNET_CONFIG, "config.json", sums={})
-    theirs = _parse(data, f"{storage.redact(url)}/{name}")
+    theirs = current_keys(parse_json(data, f"{storage.redact(url)}/{name}"))
     found = {"image_size": theirs.get("sample_size"), "channels": theirs.get("in_channels")}
     if not all(isinstance(value, int) for value in found.values()):
         raise SnapshotError(
@@ -204,24 +209,9 @@ def read_index(url: str) -> dict[str, Any]:
         data = storage.read(storage.join(url, INDEX))
     except NotFoundError:
         raise SnapshotError(
-            f"{storage.redact(url)}: not a snapshot, it has no {INDEX} (which is written last); "
-            f"give a folder such as <run.url>/snapshots/<name>"
+            f"{storage.redact(url)}: not a snapshot, it has no {INDEX} (which is written last); {_instead(url)}"
         ) from None
-    return _parse(data, f"{storage.redact(url)}/{INDEX}")
-
-
-def parse_weights(data: bytes, source: str) -> dict[str, Tensor]:
-    """Tensors of a .safetensors or .bin (torch.save) file's bytes; nothing in it is executed."""
-    try:
-        if source.endswith(".safetensors"):
-            return dict(safetensors.torch.load(data))
-        found = dict(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
-    except Exception as error:  # both parsers raise what they like on foreign bytes
-        why = str(error).partition("\n")[0]
-        raise SnapshotError(f"{source}: no weights can be read from it: {why}") from None
-    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()):
-        raise SnapshotError(f"{source}: not a state dict: it holds other things than tensors by name")
-    return found
+    return parse_json(data, f"{storage.redact(url)}/{INDEX}")
 
 
 def _check_weights(state: Mapping[str, Tensor], config: UNetConfig, url: str) -> None:
@@ -249,27 +239,33 @@ def _retire(url: str, files: Mapping[str, Any]) -> None:
         storage.delete(storage.join(url, INDEX))
 
 
+def _instead(url: str) -> str:
+    """What to give where a folder isn't a snapshot, by what is in it."""
+    names = storage.list_names(url)
+    if {"refs", "snapshots"} <= {*names}:
+        inner = storage.list_names(storage.join(url, "snapshots"))
+        return f"it is a Hugging Face cache: give {storage.redact(storage.join(url, 'snapshots', (inner or ['…'])[0]))}"
+    if any(name in ("unet", "unet_ema", "config.json") or name.startswith(STEM) for name in names):
+        return f"{what_is_in(url)}; ddpm-convert makes a snapshot of it"
+    return "give a folder such as <run.url>/snapshots/<name>"
+
+
+def _read(url: str, name: str, sums: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """A file's bytes; its hash is checked if one is recorded."""
+    data = storage.read(storage.join(url, name))
+    if name in sums and sums[name]["sha256"] != _sha256(data):
+        raise SnapshotError(f"{storage.redact(url)}/{name}: damaged, its SHA-256 is not the one in {OURS}")
+    return data
+
+
 def _read_one(url: str, *names: str, sums: Mapping[str, Mapping[str, Any]]) -> tuple[str, bytes]:
-    """(name, bytes) of the first of these files that exists; its hash is checked if one is recorded."""
+    """(name, bytes) of the first of these files that exists."""
     for name in names:
         try:
-            data = storage.read(storage.join(url, name))
+            return name, _read(url, name, sums)
         except NotFoundError:
             continue
-        if name in sums and sums[name]["sha256"] != _sha256(data):
-            raise SnapshotError(f"{storage.redact(url)}/{name}: damaged, its SHA-256 is not the one in {OURS}")
-        return name, data
-    raise SnapshotError(f"{storage.redact(url)}: has neither of {', '.join(names)}")
-
-
-def _parse(data: bytes, source: str) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except ValueError as error:
-        raise SnapshotError(f"{source}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise SnapshotError(f"{source}: expected a JSON object")
-    return value
+    raise SnapshotError(f"{storage.redact(url)}: has neither of {', '.join(names)}; {what_is_in(url)}")
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -16,14 +16,26 @@ from ddpm_dist.models import UNet, UNetConfig
 LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Names of attention's projections in diffusers' files before 0.14, and now."""
 
+FORMER_PARTS = {"mid": "mid_block", "downsample_blocks": "down_blocks", "upsample_blocks": "up_blocks"}
+"""Names of the network's parts in the first hosted files, and now."""
+
 EMA_SUFFIX = "/ExponentialMovingAverage"
 """What TensorFlow 1 appends to the name of a variable's shadow."""
 
 
 def modern_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights with current attention names; 1×1 convolutions of attention become linear layers."""
-    renamed = {}
+    """Weights of diffusers with current names; 1×1 convolutions of attention become linear layers.
+
+    The first files name a downsampling's convolution twice, as `op` and as `conv`.
+    """
+    renamed: dict[str, Tensor] = {}
     for name, value in weights.items():
+        part, _, rest = name.partition(".")
+        name = f"{FORMER_PARTS.get(part, part)}.{rest}"
+        if former := re.fullmatch(r"(.*samplers\.0)\.op\.(weight|bias)", name):
+            name = f"{former[1]}.conv.{former[2]}"
+            if name in renamed:
+                continue
         legacy = re.fullmatch(r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)", name)
         if legacy:
             name = f"{legacy[1]}.{LEGACY_ATTENTION[legacy[2]]}.{legacy[3]}"

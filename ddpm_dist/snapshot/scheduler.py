@@ -14,7 +14,8 @@ VARIANCES = {"fixedsmall": "fixed_small", "fixedlarge": "fixed_large", "learned_
 
 _READ_PREDICTIONS = {theirs: ours for ours, theirs in PREDICTIONS.items()} | {"x_prev": "x_prev"}
 _READ_VARIANCES = {theirs: ours for ours, theirs in VARIANCES.items()} | {
-    "fixed_small_log": "fixedsmall",  # the same number, computed through the logarithm
+    "fixed_small_log": "fixedsmall",  # the same numbers, computed through the logarithm
+    "fixed_large_log": "fixedlarge",
     "ddpm_dist_learned": "learned",
 }
 _READ_SCHEDULES = {
@@ -38,9 +39,64 @@ SAMPLING = {
 """Settings of theirs that say how to sample, and what is written for them: here they belong to a job (`sampling`)."""
 
 
-def not_kept(config: dict[str, Any]) -> dict[str, Any]:
-    """Those of SAMPLING that a scheduler_config.json has otherwise than we write them."""
-    return {name: config[name] for name, ours in SAMPLING.items() if config.get(name, ours) != ours}
+TRAINED_VARIANCE = ("DDPMScheduler", "DDPMParallelScheduler", "DdpmDistScheduler")
+"""Classes whose steps use a variance of the process, so that their files must say which."""
+
+SAMPLERS = ("DDIM", "DDIMInverse", "DDIMParallel", "PNDM", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete",
+            "LMSDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "UniPCMultistep", "DPMSolverMultistep",
+            "DPMSolverMultistepInverse", "DPMSolverSinglestep", "DPMSolverSDE", "DEISMultistep", "SASolver",
+            "RePaint")  # fmt: skip
+"""Classes (… Scheduler) that sample the same process in another way, and need no variance of it."""
+
+OTHER_PROCESSES = {
+    "flow": "flow matching",
+    "edm": "EDM's process (sigmas and preconditioning)",
+    "cmstochastic": "a consistency model",
+    "lcm": "a consistency model",
+    "tcd": "a consistency model",
+    "consistency": "a consistency model",
+    "scoresde": "a score model in continuous time",
+    "karrasve": "a score model in continuous time",
+    "vqdiffusion": "a diffusion of discrete tokens",
+}
+"""What names of classes, in small letters, tell of processes that aren't this one."""
+
+PROCESS = ("beta_end", "beta_schedule", "beta_start", "num_train_timesteps", "predict_epsilon", "prediction_type",
+           "rescale_betas_zero_snr", "trained_betas", "variance_type")  # fmt: skip
+"""Settings that say what the process is; keys with a leading underscore say nothing of it."""
+
+
+def not_kept(config: dict[str, Any]) -> list[str]:
+    """What a scheduler_config.json says that isn't taken over, in sentences: how to sample belongs to a job here."""
+    others = {
+        name: value
+        for name, value in sorted(config.items())
+        if name not in PROCESS and name not in SAMPLING and not name.startswith("_")
+    }
+    found = [f"its scheduler's {name}: {config[name]}" for name, ours in SAMPLING.items()
+             if config.get(name, ours) != ours]  # fmt: skip
+    kind = _class_of(config)
+    if kind not in TRAINED_VARIANCE:
+        listed = ", ".join(f"{name}: {value}" for name, value in others.items())
+        return [f"its scheduler is {kind}{f' ({listed})' if listed else ''}", *found]
+    return found + [f"its scheduler's {name}: {value}, which is unknown here" for name, value in others.items()]
+
+
+def _class_of(config: dict[str, Any]) -> str:
+    return str(config.get("_class_name", "DDPMScheduler"))
+
+
+def _check_class(config: dict[str, Any], source: str) -> None:
+    """SnapshotError unless the class is one that samples this process."""
+    kind = _class_of(config)
+    other = next((text for part, text in OTHER_PROCESSES.items() if part in kind.lower()), None)
+    if config.get("use_flow_sigmas") or "flow" in str(config.get("prediction_type")):
+        other = "flow matching"
+    if other is not None:
+        raise SnapshotError(f"{source}: {kind} is of another process than this program's: {other}")
+    if kind not in TRAINED_VARIANCE and kind.removesuffix("Scheduler") not in SAMPLERS:
+        known = ", ".join([*TRAINED_VARIANCE, *(f"{name}Scheduler" for name in SAMPLERS)])
+        raise SnapshotError(f"{source}: _class_name is {kind!r}, of which process isn't known; known are {known}")
 
 
 def portable(diffusion: GaussianDiffusion) -> str | None:
@@ -72,22 +128,48 @@ def to_diffusers(diffusion: GaussianDiffusion) -> dict[str, Any]:
     }
 
 
-def from_diffusers(config: dict[str, Any], source: str) -> GaussianDiffusion:
+def from_diffusers(config: dict[str, Any], source: str, doubled: bool = False) -> GaussianDiffusion:
     """The process of a scheduler_config.json; SnapshotError names what is missing or unknown in it.
 
-    A missing prediction_type is epsilon: files without one are older than the choice.
+    doubled: whether the network gives a variance as well.
     """
-    prediction = str(config.get("prediction_type", "epsilon"))
-    if prediction not in _READ_PREDICTIONS:
-        raise SnapshotError(f"{source}: prediction_type is {prediction!r}; known are {', '.join(_READ_PREDICTIONS)}")
+    _check_class(config, source)
+    prediction, variance = _read_prediction(config, source), _read_variance(config, source, doubled)
+    try:
+        return GaussianDiffusion(_read_betas(config, source), prediction, variance)
+    except ConfigError as error:
+        raise SnapshotError(f"{source}: {error}") from None
+
+
+def _read_prediction(config: dict[str, Any], source: str) -> str:
+    """prediction_type, or predict_epsilon of diffusers 0.7 and 0.8; files with neither are older than the choice."""
+    former = config.get("predict_epsilon")
+    if former not in (None, True, False):
+        raise SnapshotError(f"{source}: predict_epsilon is {former!r}; it is true or false")
+    name = str(config.get("prediction_type", "sample" if former is False else "epsilon"))
+    if name not in _READ_PREDICTIONS:
+        raise SnapshotError(f"{source}: prediction_type is {name!r}; known are {', '.join(_READ_PREDICTIONS)}")
+    if former is not None and former != (name == "epsilon"):
+        raise SnapshotError(
+            f"{source}: predict_epsilon is {former}, but prediction_type is {name!r}; take out the one that is wrong"
+        )
+    return _READ_PREDICTIONS[name]
+
+
+def _read_variance(config: dict[str, Any], source: str, doubled: bool) -> str:
+    """variance_type; for a sampler that has none, learned_range or the posterior's (which DDIM's eta = 1 has)."""
+    theirs = config.get("variance_type")
+    if _class_of(config) not in TRAINED_VARIANCE:
+        if not doubled:
+            return "fixedsmall"
+        if theirs is None:
+            raise SnapshotError(
+                f"{source}: the network gives a variance, and no variance_type says which; add it, as learned_range"
+            )
     variance = str(_need(config, "variance_type", source))
     if variance not in _READ_VARIANCES:
         raise SnapshotError(f"{source}: variance_type is {variance!r}; known are {', '.join(_READ_VARIANCES)}")
-    try:
-        betas = _read_betas(config, source)
-        return GaussianDiffusion(betas, _READ_PREDICTIONS[prediction], _READ_VARIANCES[variance])
-    except ConfigError as error:
-        raise SnapshotError(f"{source}: {error}") from None
+    return _READ_VARIANCES[variance]
 
 
 def _read_betas(config: dict[str, Any], source: str) -> np.ndarray:

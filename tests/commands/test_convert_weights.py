@@ -14,8 +14,9 @@ from ddpm_dist.diffusion.schedules import make_betas
 from ddpm_dist.errors import ConfigError, SnapshotError
 from ddpm_dist.snapshot import load_info, load_snapshot, save_snapshot
 from ddpm_dist.snapshot.names import EMA_SUFFIX
-from tests.models.networks import distance, inputs, random_unet, tiny_config
+from tests.models.networks import distance, inputs, random_unet, randomize, tiny_config
 from tests.models.official import official_variables
+from tests.snapshot.originals import OpenAi, Pesser
 
 RECIPE = """
 run: {url: "memory://run"}
@@ -110,7 +111,7 @@ def test_arguments_without_effect_and_a_snapshot_in_the_way_are_refused(recipe, 
     unet = random_unet(tiny_config())
     save_snapshot(f"{url}/theirs", unet, unet.config, GaussianDiffusion(make_betas("linear", 20)), {})
     for extra in (["--config", recipe], ["--weights", "raw"], ["model.channels=64"]):
-        with pytest.raises(ConfigError, match=r"are for an \.npz"):
+        with pytest.raises(ConfigError, match="are for files that don't tell all"):
             main([f"{url}/theirs", f"{url}/ours", *extra])
     main([f"{url}/theirs", f"{url}/ours"])
     with pytest.raises(ConfigError, match="holds a snapshot already"):
@@ -147,3 +148,33 @@ def test_what_is_no_npz_of_numbers_is_refused(wrong, recipe, tmp_path):
     with pytest.raises(SnapshotError, match="not finite" if wrong == "nan" else "not an .npz of plain arrays"):
         main([path.as_uri(), f"file://{tmp_path}/out", "--config", recipe, "--weights", "raw"])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_of_another_program_becomes_a_snapshot(tmp_path, capsys):
+    """The official weights in torch, by the recipe's name and a key; and one that no diffusers can express."""
+    url = f"file://{tmp_path}"
+    original = randomize(Pesser(32, (1, 2), 1, (8,), 16)).eval()
+    torch.save(original.state_dict(), tmp_path / "model-790000.ckpt")
+    said = ["data.image_size=16", "diffusion.timesteps=1000", "diffusion.schedule=linear"]
+    main([f"{url}/model-790000.ckpt", f"{url}/a", "--weights", "ema", *said, "diffusion.variance=fixedlarge"])
+    assert "pesser/pytorch_diffusion, ema" in capsys.readouterr().out
+    pipeline = DDPMPipeline.from_pretrained(tmp_path / "a")
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 700])
+    assert distance(pipeline.unet(x, t).sample, original(x, t)) < 1e-5
+    assert load_info(f"{url}/a")["kind"] == "ema"
+    with pytest.raises(ConfigError, match=r"model\.channel_mult: \[1, 2\] there, \[1, 2, 2, 2\] was said"):
+        main([f"{url}/model-790000.ckpt", f"{url}/b", "--config", "cifar10", "data.image_size=16"])
+
+    original = randomize(OpenAi(32, (1, 2, 3), 1, (8, 4), size=16, heads=4, rescale=0.5, learn_sigma=True)).eval()
+    torch.save(original.state_dict(), tmp_path / "model.pt")
+    said = ["data.image_size=16", "diffusion.timesteps=2000", "diffusion.schedule=cosine", "model.time_scale=0.5",
+            "diffusion.prediction=eps"]  # fmt: skip
+    main([f"{url}/model.pt", f"{url}/c", "--qkv", "together", "model.heads=4", *said])
+    unet, diffusion = load_snapshot(f"{url}/c")
+    assert distance(unet(x, 2 * t), original(x, 2 * t)) < 1e-5
+    assert diffusion.variance == "learned_range"
+    info = load_info(f"{url}/c")
+    assert not info["portable"]
+    assert "UNet2DModel has no number of attention heads" in info["not_portable_because"]
+    with pytest.raises(Exception, match=r"DdpmDist|ddpm_dist"):
+        DDPMPipeline.from_pretrained(tmp_path / "c")
