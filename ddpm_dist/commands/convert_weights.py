@@ -3,7 +3,8 @@
     ddpm-convert file:///data/ddpm-cifar10-32 s3://bucket/weights/cifar10
     ddpm-convert file:///data/ema_diffusion_cifar10_model/model-790000.ckpt s3://bucket/weights/cifar10 --config cifar10
     ddpm-convert file:///data/256x256_diffusion_uncond.pt s3://bucket/weights/adm256 data.image_size=256 \\
-        model.head_channels=64 diffusion.timesteps=1000 diffusion.schedule=linear diffusion.prediction=eps --qkv together
+        diffusion.timesteps=1000 diffusion.schedule=linear diffusion.prediction=eps model.head_channels=64 \\
+        --qkv together
 
 A pipeline of diffusers says itself what network it is. A file is recognised by its parameters' names, and what it
 doesn't tell is asked for: as a recipe, or as single keys. docs/weights.md lists what is read.

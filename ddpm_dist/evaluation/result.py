@@ -104,7 +104,7 @@ def warnings(
     if manifest is None:
         found.append("the samples have no manifest: weights, sampler and duplicates are unknown")
     elif manifest.kind != "ema":
-        found.append(f"the weights are {manifest.kind or 'of an unknown kind'}, not EMA: distances are much larger")
+        found.append(_of_weights(manifest.kind))
     if data is not None:
         lossy = {name: number for name, number in data.schema.formats.items() if name in LOSSY}
         if lossy:
@@ -118,6 +118,15 @@ def warnings(
     else:
         found.append("no floor: the reference is a statistics file without images")
     return found
+
+
+def _of_weights(kind: str | None) -> str:
+    """What weights that aren't the run's EMA mean for a distance."""
+    if kind is None:
+        return "it isn't known whether the weights are an average: those of raw ones are much larger"
+    if kind.startswith("power-"):
+        return f"the weights are another average, {kind}, not the run's EMA: compare those of one width"
+    return f"the weights are {kind}, not EMA: distances are much larger"
 
 
 def answer_url(folder: str, question: Question, subject: str) -> str | None:

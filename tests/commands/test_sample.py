@@ -157,3 +157,14 @@ def test_the_command_on_a_cluster_and_a_bucket(ray_cluster: RayCluster, bucket_u
     assert storage.exists(f"{bucket_url}/all.npz")
     for secret in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):
         assert os.environ[secret] not in run.stdout + run.stderr
+
+
+def test_what_a_folder_of_diffusers_says_of_sampling_is_said(
+    url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "snapshots/000000010/scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": False, "timestep_spacing": "trailing"}))
+    with caplog.at_level("INFO"):
+        command.say_what_is_left(url)
+    assert "not kept: its scheduler's clip_sample: False; how to sample belongs to a job" in caplog.text
+    assert "timestep_spacing: trailing" in caplog.text

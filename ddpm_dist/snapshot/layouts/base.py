@@ -35,7 +35,7 @@ def structure(weights: Weights) -> dict[str, Any]:
     width = weights["time_embedding.linear_1.weight"].shape[1]
     if width != channels:
         raise SnapshotError(
-            f"its time embedding has {width} sinusoids and its first level {channels} channels; here both are one number"
+            f"its time embedding has {width} sinusoids and its first level {channels} channels; here they are one"
         )
     levels = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("down_blocks."))
     first = [weights[f"down_blocks.{level}.resnets.0.conv1.weight"].shape[0] for level in range(levels)]
