@@ -8,6 +8,7 @@ from functools import partial
 
 from ddpm_dist import cli
 from ddpm_dist.cluster import connect_ray, preemption_announced, train_on_ray
+from ddpm_dist.engine import check_single
 from ddpm_dist.evaluation.follow import check_config as check_follower, start_beside
 from ddpm_dist.state import latest_step
 from ddpm_dist.training import finished, ray_worker, report_end, resolve, run_folder
@@ -16,6 +17,7 @@ from ddpm_dist.training import finished, ray_worker, report_end, resolve, run_fo
 def main(argv: Sequence[str] | None) -> None:
     """Checks everything that can be checked without workers, then trains until the run is finished."""
     cfg = cli.config_from(cli.config_parser("Train a DDPM on a Ray cluster.").parse_intermixed_args(argv))
+    check_single("ddpm-train")
     check_follower(cfg)
     cfg = resolve(cfg)
     token = run_folder.new_token()

@@ -10,6 +10,7 @@ from ddpm_dist.lazy import lazily
 
 if TYPE_CHECKING:
     from ddpm_dist.engine.engine import Engine as Engine, StepReport as StepReport
+    from ddpm_dist.engine.launchers import check_single as check_single
     from ddpm_dist.engine.pieces import (
         Address as Address,
         Ownership as Ownership,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__, _named = lazily(
     __name__,
     engine="Engine StepReport",
+    launchers="check_single",
     pieces="Address Ownership Piece bytes_of gather_full",
     world="World broadcast_object gather_objects init_world use_interface_of",
 )

@@ -18,6 +18,8 @@ from torch._C._distributed_c10d import HashStore
 
 from ddpm_dist import device as devices
 from ddpm_dist.config import ClusterConfig
+from ddpm_dist.engine import launchers
+from ddpm_dist.engine.join import join
 from ddpm_dist.errors import ClusterError
 
 COLLECTIVE_TIMEOUT_S = 1800
@@ -38,12 +40,15 @@ class World:
 
 
 def init_world(cluster: ClusterConfig | None = None) -> World:
-    """Joins the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe.
+    """Joins the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe, or what Open
+    MPI, MPICH or SLURM left instead (launchers.py).
 
-    Without them this is a world of one. A group that exists already (Ray Train's) is taken as it is. The device is
-    what `cluster` (by default: one CPU) gives to a worker, and with it go the collectives: NCCL or gloo.
+    Without any of them this is a world of one. A group that exists already (Ray Train's) is taken as it is. The device
+    is what `cluster` (by default: one CPU) gives to a worker, and with it go the collectives: NCCL or gloo.
     """
     cluster = cluster or ClusterConfig()
+    if not dist.is_initialized():
+        launchers.adopt()
     rank, size = _environment_int("RANK", 0), _environment_int("WORLD_SIZE", 1)
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants to read it there, also in a world of one
     local_rank = _environment_int("LOCAL_RANK", 0)
@@ -56,15 +61,17 @@ def init_world(cluster: ClusterConfig | None = None) -> World:
 
 
 def _init_process_group(rank: int, size: int, backend: str) -> None:
-    timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
     if size == 1:
+        timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise ClusterError(f"WORLD_SIZE is {size}, but {' and '.join(missing)} is not set; start through launch/")
     use_interface_of(os.environ["MASTER_ADDR"])
-    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+    if not 0 <= rank < size:
+        raise ClusterError(f"RANK is {rank} and WORLD_SIZE {size}; ranks go from 0 to {size - 1}")
+    join(backend, rank, size, COLLECTIVE_TIMEOUT_S)
 
 
 def use_interface_of(master: str) -> None:

@@ -52,6 +52,7 @@ def deepspeed_worker(cfg: Config) -> World:
     token, done, error = run_folder.new_token(), False, None
     if world.is_first:
         try:
+            _check_size(cfg, world.size)
             cfg = resolve(cfg)
             done = finished(cfg, token)
         except DdpmDistError as caught:
@@ -67,6 +68,18 @@ def deepspeed_worker(cfg: Config) -> World:
             signal.signal(signal.SIGINT, lambda *_: _stop_at_first(training))
         _train(training)
     return world
+
+
+def _check_size(cfg: Config, size: int) -> None:
+    """ConfigError where a launcher started a number of processes that the batch can't be shared by."""
+    batch = cfg.train.global_batch
+    if batch % size:
+        near = [w for w in range(1, batch + 1) if batch % w == 0]
+        below, above = max(w for w in near if w < size), min((w for w in near if w > size), default=batch)
+        raise ConfigError(
+            f"train.global_batch: {batch} can't be shared by the {size} processes that were started; start {below} or "
+            f"{above}, or use another batch"
+        )
 
 
 def _stop_at_first(training: Training) -> None:

@@ -50,6 +50,8 @@ class Training:
         if not world.is_first:
             logging.getLogger().setLevel(logging.WARNING)  # what all ranks would say, rank 0 says
         self.plan = BatchPlan.of(cfg.train.global_batch, world.size, cfg.train.max_micro_batch)
+        if world.is_first and (advice := self.plan.advice(world.size, cfg.train.max_micro_batch)):
+            log.warning("%s", advice)
         self.watchdog = Watchdog(cfg.cluster.hang_seconds)
         last_sign = run_folder.last_sign_of_life(cfg.run.url)
         self.store = StateStore(cfg, world, partial(run_folder.steps_to_keep, cfg))

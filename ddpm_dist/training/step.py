@@ -32,6 +32,19 @@ class BatchPlan:
         micro = max(m for m in range(1, min(share, max_micro_batch) + 1) if share % m == 0)
         return cls(share, micro, share // micro)
 
+    def advice(self, world_size: int, max_micro_batch: int) -> str | None:
+        """A remark where the share has no divisor near train.max_micro_batch, so that a step takes needlessly many
+        passes; None where the batch is cut well."""
+        fewest = -(-self.share // max_micro_batch)
+        if self.accumulation <= 2 * fewest:
+            return None
+        better = -(-self.share // fewest) * fewest * world_size
+        return (
+            f"train.global_batch: {self.share * world_size} gives each of {world_size} workers {self.share} images, "
+            f"which go in {self.accumulation} passes of {self.micro_batch}, as {self.share} has no larger divisor up "
+            f"to train.max_micro_batch: {max_micro_batch}; {better} would go in {fewest}"
+        )
+
 
 @dataclass(frozen=True)
 class StepResult:
