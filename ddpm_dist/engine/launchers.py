@@ -51,8 +51,8 @@ def check_single(command: str) -> None:
     size = {**os.environ, **translated(os.environ)}.get("WORLD_SIZE", "1")
     if size != "1":
         raise ClusterError(
-            f"a launcher starts {size} of {command} (WORLD_SIZE, or what Open MPI or SLURM left in the environment), which "
-            f"is started once and starts its workers itself; start one, or as many of {command}-deepspeed"
+            f"a launcher starts {size} of {command} (WORLD_SIZE, or what Open MPI or SLURM left in the environment), "
+            f"which is started once and starts its workers itself; start one, or as many of {command}-deepspeed"
         )
 
 

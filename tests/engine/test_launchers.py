@@ -97,9 +97,9 @@ def test_who_is_missing_is_said(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_rank_whose_first_is_missing_says_so(caplog: pytest.LogCaptureFixture) -> None:
     began = time.monotonic()
     with caplog.at_level(logging.WARNING), pytest.raises(ClusterError, match=r"rank 0 doesn't answer at 127.0.0.1:"):
-        joining.join("gloo", 2, 3, timeout_s=1.0)
+        joining.join("gloo", 2, 3, timeout_s=4.0)
     assert "rank 2 waits for rank 0 at 127.0.0.1:" in caplog.text
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 60
 
 
 WORKER = """
