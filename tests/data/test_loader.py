@@ -234,7 +234,7 @@ def test_a_killed_loader_process_is_named(tmp_path: Path) -> None:
 
 
 def test_bad_input_has_one_clear_message(tmp_path: Path, bucket_url: str) -> None:
-    with pytest.raises(NotFoundError, match=r"data.url: .*index.json.*make_shards.py"):
+    with pytest.raises(NotFoundError, match=r"data.url: .*index.json.*ddpm-shards make"):
         Loader(config(bucket_url), 0, 1)
     with pytest.raises(NotFoundError, match="there is no bucket"):
         Loader(config("s3://there-is-no-such-bucket/x"), 0, 1)
