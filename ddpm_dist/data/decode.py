@@ -24,6 +24,7 @@ Pixels = NDArray[np.uint8]
 
 MAX_PIXELS = 2**26
 """Larger images are refused before they are unpacked (a few kB of PNG can hold gigabytes)."""
+NO_BYTES = "a file of no bytes, or a sample without an image"
 CAUSES = ("empty", "not_an_image", "too_large", "corrupt")
 
 _IHDR = struct.Struct(">IIBB")
@@ -51,7 +52,7 @@ def decode(data: bytes, size: int | None = None, channels: int | None = None) ->
     channels: 1 or 3; none: 1 for grey images, else 3.
     """
     if not data:
-        raise BadSampleError("empty")
+        raise BadSampleError("empty", NO_BYTES)
     try:
         pixels = _decoder(data)(data, size, channels)
     except BadSampleError:
@@ -84,7 +85,7 @@ def decode_into(data: bytes, out: Pixels) -> None:
 def describe(data: bytes) -> tuple[str, int, int]:
     """(format, height, width) from the head of an image file, nothing unpacked; raises BadSampleError."""
     if not data:
-        raise BadSampleError("empty")
+        raise BadSampleError("empty", NO_BYTES)
     try:
         if data.startswith(_NPY):
             shape = _npy_shape(data)[0]
@@ -211,7 +212,7 @@ def _pillow(data: bytes, size: int | None, channels: int | None) -> Pixels:
         _check_pixels(image.height, image.width)
         image.load()
         if image.mode.startswith("I") or image.mode == "F":
-            return _high_byte(np.asarray(image))[..., None]
+            return _high_byte(np.asarray(image), str(image.format))[..., None]
         if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
             image = image.convert("RGBA")
             background = Image.new("RGBA", image.size, "white")
@@ -227,9 +228,12 @@ def _not_an_image(data: bytes) -> BadSampleError:
     return BadSampleError("not_an_image", f"it begins with {data[:16]!r}")
 
 
-def _high_byte(values: NDArray[Any]) -> Pixels:
+def _high_byte(values: NDArray[Any], form: str) -> Pixels:
     if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
-        raise BadSampleError("corrupt", f"{values.dtype} pixels outside 0..65535")
+        span = f"from {values.min()} to {values.max()}"
+        raise BadSampleError("corrupt", f"{values.dtype} pixels {span}; whole numbers from 0 to 65535 are wanted")
+    if form == "TIFF" and 0 < values.max() < 256:  # a PNG's 16 bits mean 0..65535, a TIFF's are what its maker liked
+        raise BadSampleError("corrupt", f"16-bit pixels up to {values.max()} would be black; scale them to 0..65535")
     return (values.astype(np.uint32) >> 8).astype(np.uint8)
 
 

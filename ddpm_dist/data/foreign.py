@@ -156,13 +156,8 @@ def _finished(home: str, tars: Mapping[str, int], reading: Reading) -> dict[int,
         parts.delete_parts(home)
         parts.same_as_before(home, asked)
     now = dict(enumerate(tars.items()))
-    found = parts.read_finished(home)
-    return {
-        number: part
-        for number, part in found.items()
-        if now.get(number) == (part.info.name, part.info.bytes)
-        and (part.summary.labels is None) == (not part.summary.classes)  # 0.1.0 kept no labels
-    }
+    found = parts.read_finished(home, of_old=False)  # 0.1.0's don't say what they answer
+    return {number: part for number, part in found.items() if now.get(number) == (part.info.name, part.info.bytes)}
 
 
 def _refuse_empty(url: str, written: Sequence[WrittenShard]) -> None:

@@ -26,6 +26,7 @@ TABLE_FOLDER = "index"
 INDEX_FORMAT = "ddpm_dist data index 1"
 TABLE_MAGIC = b"ddpm_dist samples 1\n"
 NO_LABEL = -1
+LFS_POINTER = b"version https://git-lfs.github.com/"
 LEFT_OUT, KEYS = "left_out", "keys"
 """Keys of an index's `about`: {shard: why index_shards left it out}; where keys end, if not at the first dot."""
 MAX_SHARD_BYTES = 2**40
@@ -213,7 +214,8 @@ def load_index(url: str, name: str | None = None, at: str | None = None) -> Data
         index = DataIndex(url, tuple(ShardInfo(*row) for row in values["shards"]), _schema(values["schema"]))
         content_id, about = values["content_id"], dict(values["about"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{place}: not an index of a data set ({error}); make it again") from None
+        pointer = "a pointer of Git LFS; `git lfs pull` brings the file" if data.startswith(LFS_POINTER) else ""
+        raise DataError(f"{place}: not an index of a data set ({pointer or error}); make it again") from None
     if index.content_id != content_id:
         raise DataError(f"{place}: altered: its content is {index.content_id}, it says {content_id}")
     if not index.num_samples:

@@ -29,10 +29,10 @@ def publish_part(url: str, number: int, written: WrittenShard) -> None:
     storage.publish(_part_url(url, number, PARTS_FOLDER), json.dumps(asdict(written)).encode())
 
 
-def read_finished(url: str) -> dict[int, WrittenShard]:
-    """The finished shards by number."""
+def read_finished(url: str, *, of_old: bool = True) -> dict[int, WrittenShard]:
+    """The finished shards by number; of_old: those of 0.1.0 as well."""
     found: dict[int, WrittenShard] = {}
-    for folder in (OLD_PARTS_FOLDER, PARTS_FOLDER):
+    for folder in (OLD_PARTS_FOLDER, PARTS_FOLDER) if of_old else (PARTS_FOLDER,):
         numbers = _numbers(url, folder)
         with ThreadPoolExecutor(THREADS) as pool:
             parts = pool.map(_read, [_part_url(url, number, folder) for number in numbers])

@@ -15,6 +15,7 @@ from typing import IO, Any, cast
 import webdataset
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
+from ddpm_dist.data.index import LFS_POINTER
 from ddpm_dist.errors import ShardError, StorageError
 
 BLOCK = 512
@@ -26,7 +27,7 @@ IMAGE_EXTENSIONS = (
 )
 CLUTTER_FOLDERS = frozenset(("__MACOSX", ".AppleDouble", ".Spotlight-V100", ".Trashes", ".ipynb_checkpoints", ".cache"))
 OTHERS = {
-    b"version https://git-lfs.github.com/": "a pointer of Git LFS, not the file itself; `git lfs pull` brings it",
+    LFS_POINTER: "a pointer of Git LFS, not the file itself; `git lfs pull` brings it",
     b"\x1f\x8b": "compressed by gzip; shards are plain tars, which can be read from their middle: gunzip",
     b"\x28\xb5\x2f\xfd": "compressed by zstd; shards are plain tars: unzstd",
     b"BZh91AY&SY": "compressed by bzip2; shards are plain tars: bunzip2",

@@ -93,7 +93,7 @@ def test_too_many_bad_samples_are_fatal(tmp_path: Path) -> None:
         loader = Loader(config(url, max_bad_fraction=fraction), 0, 1)
         batches = itertools.islice(loader.batches(0), 8)
         if fatal:
-            with pytest.raises(BadSamplesError, match=r"data.max_bad_fraction: \d of \d+ .*corrupt.*verify_shards"):
+            with pytest.raises(BadSamplesError, match=r"data.max_bad_fraction: \d of \d+ .*\(\d corrupt\).* verify"):
                 list(batches)
         else:
             assert list(batches)[-1].bad == {"corrupt": 6}

@@ -168,3 +168,19 @@ def test_a_strip_is_not_unpacked_to_gigabytes(height: int, width: int) -> None:
 def test_encoders_are_deterministic() -> None:
     for encode in (encode_png, encode_raw, lambda p: encode_jpeg(p, 90)):
         assert encode(RGB) == encode(RGB.copy())
+
+
+def test_what_is_beyond_eight_and_sixteen_bits_says_its_range() -> None:
+    data = saved(Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)), "TIFF")
+    with pytest.raises(BadSampleError, match=r"float32 pixels from 0\.0 to 1\.0; whole numbers from 0 to 65535"):
+        decode(data)
+
+
+def test_sixteen_bits_of_a_tiff_that_would_be_black_are_refused() -> None:
+    """Microscopes and converters write 8-bit values into 16; a picture that is all black is one."""
+    values = np.arange(64, dtype=np.uint16).reshape(8, 8)
+    with pytest.raises(BadSampleError, match=r"16-bit pixels up to 63 would be black; scale them to 0\.\.65535"):
+        decode(saved(Image.fromarray(values), "TIFF"))
+    assert not decode(saved(Image.fromarray(values), "PNG")).any()
+    assert not decode(saved(Image.fromarray(values * 0), "TIFF")).any()
+    assert np.array_equal(decode(saved(Image.fromarray(values * 1024), "TIFF"))[..., 0], values * 4)

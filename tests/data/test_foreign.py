@@ -8,6 +8,7 @@ import logging
 import os
 import tarfile
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from ddpm_dist.data.parts import PARTS_FOLDER
 from ddpm_dist.data.reading import Reading
 from ddpm_dist.data.sources import SourceOptions
 from ddpm_dist.data.verify import verify_shards
-from ddpm_dist.data.writer import shard_bytes
+from ddpm_dist.data.writer import index_tar, shard_bytes
 from ddpm_dist.errors import AccessError, ConfigError, DataError, DdpmDistError, NotFoundError, ShardError
 from tests.data.others import image, put, tarred, with_size
 from tests.data.test_writer import samples
@@ -165,6 +166,20 @@ def test_two_make_shards_at_one_url_make_one_set(tmp_path: Path) -> None:
     assert build(plan, url, run).num_samples == 40
     assert PARTS_FOLDER not in storage.list_names(url)
     assert verify_shards(url) == []
+
+
+def test_what_0_1_0_had_indexed_is_indexed_anew(tmp_path: Path) -> None:
+    """Its parts don't say under which label they were made."""
+    url = put(f"file://{tmp_path}", [("0.cls", b"3"), ("0.png", image())])
+    index_shards(url)
+    wanted = storage.read(f"{url}/index.json")
+    storage.delete(f"{url}/index.json")
+    written, _ = index_tar("0.tar", storage.read(f"{url}/0.tar"), Reading(label="txt"))
+    storage.publish(f"{url}/parts/000000.json", json.dumps(asdict(written)).encode())
+    storage.publish(f"{url}/parts/label", b"txt")
+    index_shards(url)
+    assert storage.read(f"{url}/index.json") == wanted
+    assert storage.list_names(f"{url}/parts") == ["label"]
 
 
 def test_a_plan_of_somebody_else_is_not_ours(tmp_path: Path) -> None:
@@ -342,6 +357,7 @@ def test_an_index_that_is_json_of_another_kind(tmp_path: Path) -> None:
     index_shards(url)
     whole = json.loads(storage.read(f"{url}/index.json"))
     for changed in (
+        b"version https://git-lfs.github.com/spec/v1\n",
         b"[" * 200_000,
         json.dumps({**whole, "shards": [["0.tar", "x", 1, "a", 2, "b"]]}).encode(),
         json.dumps({**whole, "shards": [["0.tar", -1, 1, "a", 2, "b"]]}).encode(),
@@ -427,7 +443,7 @@ def test_samples_without_an_image_are_named(tmp_path: Path, caplog: pytest.LogCa
     assert "no image: 1 imageless sample, such as 0.tar: 1 (.json, .txt)" in caplog.text
     assert [problem.what for problem in verify_shards(some)] == [
         "sample 1 has no image; it holds .json, .txt",
-        "sample 2 can't be decoded: empty",
+        "sample 2 can't be decoded: empty: a file of no bytes, or a sample without an image",
     ]
     empty = put(f"file://{tmp_path}/c", [])
     with pytest.raises(DataError, match="1 shard, and no sample in them"):
