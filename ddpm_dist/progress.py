@@ -79,6 +79,7 @@ class StepProgress:
         )  # fmt: skip
 
     def close(self) -> None:
+        """Leaves the bar as it stands."""
         if self._bar is not None:
             self._bar.close()
 

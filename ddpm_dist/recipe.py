@@ -122,6 +122,7 @@ def validate(values: dict[str, Any], source: str) -> Config:
 
 
 def parse_yaml(text: str, source: str) -> Any:
+    """The value of YAML text, by `_Loader`'s rules; ConfigError with `source` and the line for what is none."""
     try:
         loader = _Loader(text)
         loader.name = source

@@ -46,6 +46,7 @@ CHECKSUM_RTOL = 1e-3
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Writes the snapshot; ConfigError for a source that isn't understood, before anything is written."""
     args = _parser().parse_intermixed_args(argv)
     if args.source.rstrip("/") == args.destination.rstrip("/"):
         raise ConfigError(f"{args.destination}: source and destination are the same; give another folder")

@@ -32,6 +32,7 @@ NEAREST = 10
 
 
 def parser(description: str) -> argparse.ArgumentParser:
+    """The arguments of evaluate.py."""
     parser = argparse.ArgumentParser(
         description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -170,4 +171,5 @@ def _network(text: str) -> tuple[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Evaluates, follows or reports, and prints the result."""
     run(parser(__doc__ or "").parse_intermixed_args(argv))

@@ -14,6 +14,7 @@ from ddpm_dist.progress import counted
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Writes the index, and prints what is in it and what isn't."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

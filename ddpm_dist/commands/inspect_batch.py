@@ -27,6 +27,7 @@ GAP = 2
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the batch's samples, and writes the picture where one is asked for."""
     args = parse(argv)
     if args.picture and not args.picture.absolute().parent.is_dir():
         raise ConfigError(f"--picture {args.picture}: there is no folder {args.picture.parent}; create it")
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> Any:
+    """The arguments, checked one by one."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

@@ -23,6 +23,7 @@ from ddpm_dist.state import MANIFEST, Manifest, StateId, history, read_full, rea
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Does the subcommand that is named first."""
     args = _parser().parse_args(argv)
     COMMANDS[args.command](args)
 
@@ -59,6 +60,7 @@ def show(args: argparse.Namespace) -> None:
 
 
 def verify_state(args: argparse.Namespace) -> None:
+    """Reads every byte; DamagedStateError names the first file that isn't what was written."""
     url, manifest = _open(args.url)
     verify(url, manifest)
     files = sum(len(part.files) for part in manifest.parts)

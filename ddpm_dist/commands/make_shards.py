@@ -28,6 +28,7 @@ SMALL = 5000
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, checked one by one."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -107,6 +108,7 @@ def run_on_ray(workers: int, plan: Plan, url: str, numbers: list[int]) -> Iterat
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Makes what of the set is not there yet, and its index at the end."""
     args = parse(argv)
     options = SourceOptions(
         tuple(args.inputs), args.split, args.labels, args.size, args.images, tuple(args.include), tuple(args.exclude)

@@ -23,6 +23,7 @@ WARN_DISTANCE = 0.1
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Writes the average as a snapshot, and prints how near it is to the one wanted."""
     args = _parser().parse_args(argv)
     if not 0 < args.std < 0.28:
         raise ConfigError(f"std: {args.std} is not a relative width between 0 and 0.28")

@@ -30,6 +30,7 @@ _FREE_SECTIONS = ("sampling", "cluster", "evaluation")
 
 
 def parser(description: str) -> argparse.ArgumentParser:
+    """The arguments of sample.py."""
     parser = argparse.ArgumentParser(
         description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -56,6 +57,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--config`, `--print-config` and overrides, which evaluate.py has as well."""
     cli.config_option(parser, "of the run (default: the one stored in the snapshot)")
     parser.add_argument("--print-config", action="store_true", help="show the resolved configuration and leave")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -170,6 +172,7 @@ def check_overrides(overrides: Sequence[str], what_holds: str) -> None:
 
 
 def print_if_asked(args: argparse.Namespace, cfg: Config) -> None:
+    """With `--print-config`: shows the resolved configuration, and leaves."""
     if args.print_config:
         print(dump_config(cfg), end="")
         sys.exit(0)
@@ -216,5 +219,6 @@ def _axis(text: str) -> list[tuple[str, str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Draws what is missing of the images, and prints a line for each folder."""
     for result in run(parser(__doc__ or "").parse_intermixed_args(argv)):
         print(describe(result), flush=True)

@@ -18,46 +18,57 @@ def _run(command: str) -> None:
 
 
 def train() -> None:
+    """`ddpm-train`."""
     _run("train")
 
 
 def train_deepspeed() -> None:
+    """`ddpm-train-deepspeed`, under DeepSpeed's launcher."""
     _run("train_deepspeed")
 
 
 def sample() -> None:
+    """`ddpm-sample`."""
     _run("sample")
 
 
 def evaluate() -> None:
+    """`ddpm-evaluate`."""
     _run("evaluate")
 
 
 def make_shards() -> None:
+    """`ddpm-shards make`."""
     _run("make_shards")
 
 
 def index_shards() -> None:
+    """`ddpm-shards index`."""
     _run("index_shards")
 
 
 def verify_shards() -> None:
+    """`ddpm-shards verify`."""
     _run("verify_shards")
 
 
 def inspect_batch() -> None:
+    """`ddpm-inspect batch`."""
     _run("inspect_batch")
 
 
 def inspect_checkpoint() -> None:
+    """`ddpm-inspect checkpoint`."""
     _run("inspect_checkpoint")
 
 
 def convert_weights() -> None:
+    """`ddpm-convert`."""
     _run("convert_weights")
 
 
 def posthoc_ema() -> None:
+    """`ddpm-posthoc-ema`."""
     _run("posthoc_ema")
 
 

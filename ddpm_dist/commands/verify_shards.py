@@ -15,6 +15,7 @@ from ddpm_dist.progress import counted
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Prints what it found; an exit with an error if anything is not as the index says."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

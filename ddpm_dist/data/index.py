@@ -114,18 +114,22 @@ class DataIndex:
 
     @property
     def num_samples(self) -> int:
+        """Of all shards."""
         return sum(shard.samples for shard in self.shards)
 
     @property
     def num_bytes(self) -> int:
+        """Of all shards, as they lie in the store."""
         return sum(shard.bytes for shard in self.shards)
 
     @property
     def bytes_per_sample(self) -> float:
+        """Mean bytes in the store for each sample, its tar headers among them."""
         return self.num_bytes / self.num_samples
 
     @property
     def num_classes(self) -> int | None:
+        """Classes 0 … n − 1 of the labels; None: the set has no labels."""
         return self.schema.num_classes
 
     @property

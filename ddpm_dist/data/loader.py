@@ -71,6 +71,7 @@ class Loader:
         check_memory(cfg, self._order, self._indexes)
 
     def epoch(self, step: int) -> int:
+        """Epoch of a step; of a mix: how often as many samples were dealt as its sets have together."""
         return self._order.epoch(step)
 
     def batches(self, start_step: int) -> Iterator[Batch]:

@@ -40,6 +40,7 @@ class Reading:
     """What numbers with big gaps are: classes with their numbers (KEEP), or their names (RENUMBER)."""
 
     def split(self, path: str) -> tuple[str | None, str]:
+        """(key or None, extension) of a path, by `keys`."""
         return tar.KEYS[self.keys](path)
 
 

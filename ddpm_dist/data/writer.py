@@ -61,6 +61,8 @@ class ShardSummary:
 
 @dataclass(frozen=True)
 class WrittenShard:
+    """What the index needs to know of a shard that lies in the store."""
+
     info: ShardInfo
     summary: ShardSummary
 

@@ -134,7 +134,7 @@ def make_denoiser(
     null_label: int | None,
     device: torch.device | str,
 ) -> Denoiser:
-    """The denoiser for the visited times; raises SamplingError for labels or guidance that can't work."""
+    """The denoiser for the visited times [S]; raises SamplingError for labels [B] or guidance that can't work."""
     scale = settings.guidance_scale
     low, high = settings.guidance_interval or (0, diffusion.timesteps - 1)
     if low > high:
@@ -203,7 +203,10 @@ def make_clip(kind: str, quantile: float = 0.995) -> Callable[[Tensor], Tensor]:
 
 
 def dynamic_threshold(x_start: Tensor, quantile: float) -> Tensor:
-    """Clips each image to ±s and divides by s, its quantile of |x_start|, at least 1 (Saharia et al. 2022, 2.3)."""
+    """Clips each image of [B, C, H, W] to ±s and divides by s, its quantile of |x_start|, at least 1.
+
+    Saharia et al. 2022, section 2.3.
+    """
     # By sorting: torch.quantile refuses more than 2^24 elements, which 86 images of 256 x 256 x 3 have.
     magnitude = x_start.abs().flatten(1).sort(dim=1).values
     position = quantile * (magnitude.shape[1] - 1)

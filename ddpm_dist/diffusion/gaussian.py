@@ -83,6 +83,7 @@ class GaussianDiffusion:
 
     @classmethod
     def from_config(cls, cfg: DiffusionConfig) -> "GaussianDiffusion":
+        """The process that a recipe describes; ConfigError for betas that make none."""
         betas = make_betas(cfg.schedule, cfg.timesteps, cfg.beta_start, cfg.beta_end, cfg.betas, cfg.zero_terminal_snr)
         return cls(betas, cfg.prediction, cfg.variance)
 
@@ -125,7 +126,7 @@ class GaussianDiffusion:
         return signal * x_start + noise * eps
 
     def q_step(self, x_prev: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """x_t ~ q(x_t | x_{t-1}), equation 2; x_{-1} is the image."""
+        """x_t ~ q(x_t | x_{t-1}), equation 2, all [B, C, H, W], t [B]; x_{-1} is the image."""
         beta = self.at("betas", t, x_prev)
         return torch.sqrt(1 - beta) * x_prev + torch.sqrt(beta) * eps
 
@@ -137,7 +138,7 @@ class GaussianDiffusion:
     # What the network predicts
 
     def target(self, x_start: Tensor, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """What the network is trained to give for x_t = q_sample(x_start, t, eps), in this process's prediction."""
+        """[B, C, H, W]: what the network is trained to give for x_t = q_sample(x_start, t, eps), by this prediction."""
         if self.prediction == "eps":
             return eps
         return x_start if self.prediction == "x_start" else self.from_x_start(x_start, x_t, t, self.prediction, eps)

@@ -89,7 +89,7 @@ def vlb_term(diffusion: GaussianDiffusion, reverse: Reverse, x_start: Tensor, x_
 
 
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
-    """KL(N(mean1, variance1) || N(mean2, variance2)) in nats, elementwise."""
+    """KL(N(mean1, variance1) || N(mean2, variance2)) in nats, elementwise, of any shapes that broadcast."""
     return 0.5 * (
         log_variance2
         - log_variance1
@@ -100,7 +100,7 @@ def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2
 
 
 def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """log p(x) in nats of pixels x (uint8 scaled to [-1, 1]) under a Gaussian, elementwise (equation 13).
+    """log p(x) in nats of pixels x (uint8 scaled to [-1, 1]) under a Gaussian, of any shape (equation 13).
 
     The Gaussian is integrated over each pixel's bin of width 2/255; the outermost bins reach to infinity.
     The integral is exact; the official code approximates the distribution function by a tanh, within 2e-4.
@@ -204,9 +204,11 @@ class LossHistory:
         return t, (1 / (len(p) * p[t])).float()
 
     def state_dict(self) -> dict[str, Tensor]:
+        """`losses` [T, per_t] float64 and `counts` [T] int64, as tensors of their own."""
         return {"losses": torch.from_numpy(self.losses.copy()), "counts": torch.from_numpy(self.counts.copy())}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes what `state_dict` gave; ConfigError where the shape is that of another number of timesteps."""
         # A state is JSON, of which a reader may make float32: with that the probabilities would differ after a resume.
         losses, counts = state["losses"].double().numpy().copy(), state["counts"].long().numpy().copy()
         if losses.shape != self.losses.shape:

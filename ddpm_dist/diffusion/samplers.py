@@ -100,7 +100,7 @@ def trajectory(
     x_T: Tensor | None = None,
     t_start: int | None = None,
 ) -> Iterator[Step]:
-    """As `sample`, but yields every Step, and the last x is not clipped."""
+    """Arguments as of `sample`, but yields every Step, and the last x is not clipped."""
     chain, first = make_chain(
         network, diffusion, settings, seed, indices, shape, labels, null_label, device, t_start=t_start
     )

@@ -1,7 +1,8 @@
 """Samplers: from noise to an image, each one function with one signature.
 
-A sampler is a generator sampler(chain, x) over the chain's visited times. After its k-th step it yields
-(x, x_start): the image at the next visited time, and the estimate of x_0 that the step used. All that it
+A sampler is a generator sampler(chain, x) over the chain's visited times, x [B, C, H, W] float32 at the first of them.
+After its k-th step it yields (x, x_start), both [B, C, H, W]: the image at the next visited time, and the estimate of
+x_0 that the step used. All that it
 multiplies by is computed before the first step, in float64, and lies on the device: a step never waits for one.
 
 Notation: x_t = alpha x_0 + sigma eps, lambda = log(alpha / sigma); "next" is the time that a step goes to.

@@ -83,6 +83,7 @@ class Engine:
         return output.float()
 
     def train(self) -> None:
+        """Training mode: dropout is on."""
         self._ds.train()
 
     def backward(self, loss: Tensor) -> None:
@@ -105,6 +106,7 @@ class Engine:
 
     @property
     def loss_scale(self) -> float:
+        """What the loss is multiplied by before the backward pass: fp16's, else 1."""
         scaler = self._scaler()
         return float(scaler.cur_scale) if scaler is not None else 1.0
 
@@ -124,6 +126,7 @@ class Engine:
         return {"optimizer_steps": int(self._adam_steps()[0]), "loss_scaler": state}
 
     def load_scalars(self, scalars: dict[str, Any]) -> None:
+        """Takes what `scalars` gave: the optimizer's steps and fp16's loss scale."""
         for steps in self._adam_steps():
             steps.fill_(float(scalars["optimizer_steps"]))
         scaler = self._scaler()

@@ -36,10 +36,12 @@ class Piece:
 
     @property
     def numel(self) -> int:
+        """Elements of the piece, not of the parameter."""
         return self.weights.numel()
 
     @property
     def address(self) -> Address:
+        """(name, offset, numel): which elements of which parameter these are."""
         return self.name, self.offset, self.numel
 
 

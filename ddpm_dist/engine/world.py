@@ -28,6 +28,8 @@ COLLECTIVE_TIMEOUT_S = 1800
 
 @dataclass(frozen=True)
 class World:
+    """Who this process is among those that train together, and where it computes."""
+
     rank: int
     size: int
     local_rank: int
@@ -36,6 +38,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
+        """Whether this is rank 0, which writes what is written once."""
         return self.rank == 0
 
 

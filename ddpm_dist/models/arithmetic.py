@@ -49,7 +49,7 @@ SLOW_BF16 = bf16_products_are_slow(_cpuinfo())
 
 
 def widens(x: Tensor) -> bool:
-    """Whether products of this tensor are computed in float32 although it is bfloat16."""
+    """Whether products of this tensor, of any shape, are computed in float32 although it is bfloat16."""
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and SLOW_BF16
 
 
@@ -57,6 +57,7 @@ class Conv2d(nn.Conv2d):
     """nn.Conv2d, in the faster arithmetic."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] to [B, C', H', W'], in x's dtype."""
         if widens(x):
             return _WideConvolution.apply(x, self.weight, self.bias, self.stride, self.padding, False)
         return super().forward(x)
@@ -66,6 +67,7 @@ class Linear(nn.Linear):
     """nn.Linear, in the faster arithmetic."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., C] to [..., C'], in x's dtype."""
         if widens(x):
             return _WideLinear.apply(x, self.weight, self.bias)
         return super().forward(x)

@@ -91,6 +91,7 @@ class UNetConfig:
 
     @property
     def time_embed_dim(self) -> int:
+        """Channels of the time's embedding: four times those of the first level."""
         return 4 * self.block_out_channels[0]
 
     @property

@@ -36,6 +36,7 @@ class TimestepEmbedding(nn.Module):
         self.linear_2 = Linear(out_channels, out_channels)
 
     def forward(self, embedding: Tensor) -> Tensor:
+        """embedding [B, C] to [B, time_embed_dim]."""
         return self.linear_2(F.silu(self.linear_1(embedding)))
 
 
@@ -48,6 +49,7 @@ class Downsample(nn.Module):
         self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        """x [B, C, H, W] to [B, C, H/2, W/2]; temb is not used."""
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
 
 
@@ -59,6 +61,7 @@ class Upsample(nn.Module):
         self.conv = UpsamplingConv2d(channels)
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        """x [B, C, H, W] to [B, C, 2H, 2W]; temb is not used."""
         return self.conv(x)
 
 
@@ -68,6 +71,7 @@ class GroupNormSiLU(nn.GroupNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, ...] to the same shape."""
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # compilers fuse and recompute by themselves
             return _GroupNormSiLU.apply(x, self.num_groups, self.weight, self.bias, self.eps)
         return F.silu(super().forward(x))
@@ -176,6 +180,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([Linear(channels, channels)])  # a list, for diffusers' name to_out.0
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] to the same shape: each pixel attends to all."""
         h = x if self.group_norm is None else self.group_norm(x)
         h = h.flatten(2).transpose(1, 2).contiguous()  # [B, HW, C], copied once for the three products
 

@@ -53,6 +53,10 @@ class UNet(nn.Module):
         self.conv_out = Conv2d(channels[0], config.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """x [B, C, H, W] at times t [B], counted from 0, to [B, out_channels, H, W] in the weights' dtype.
+
+        labels: [B] classes; ValueError without them in a conditional network, and with them in another.
+        """
         if (labels is None) != (self.class_embedding is None):
             raise ValueError(
                 "labels: this network is unconditional" if labels is not None else

@@ -143,18 +143,22 @@ class Manifest(BaseModel):
 
     @property
     def units(self) -> list[Unit]:
+        """The job's shards, in the order of their indices."""
         return cut(self.num_samples, self.sampling.unit_size)
 
     @property
     def batch_size(self) -> int:
+        """Images in one forward pass, which a manifest always settles."""
         assert self.sampling.batch_size is not None
         return self.sampling.batch_size
 
     @property
     def label_rule(self) -> Labels:
+        """Which class image i has."""
         return Labels(self.labels, self.num_classes)
 
     def dump(self) -> bytes:
+        """JSON; the same manifest gives the same bytes."""
         return (json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True) + "\n").encode()
 
     def differences(self, other: "Manifest") -> list[str]:

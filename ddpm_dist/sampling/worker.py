@@ -85,6 +85,7 @@ class SampleWorker:
         return self.probe(task) if isinstance(task, ProbeTask) else self.unit(task)
 
     def probe(self, task: ProbeTask) -> Probe:
+        """What fixes this worker's images, and the order's batch size, or the largest that its memory allows."""
         settings = SamplingConfig.model_validate_json(task.sampling)
         with self.computing:
             network, diffusion = self.network(task.snapshot, settings.precision)
@@ -145,6 +146,7 @@ class SampleWorker:
             raise WorkerRefusedError(f"it would make other images: this job is fixed to {wanted}, it has {here}")
 
     def network(self, url: str, precision: str) -> tuple[Network, GaussianDiffusion]:
+        """Network and process of a snapshot, kept for the next unit; computes in the precision, answers in float32."""
         key = (url, precision)
         if key not in self._networks:
             unet, diffusion = snapshot.load_snapshot(url)

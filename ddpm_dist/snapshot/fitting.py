@@ -29,6 +29,7 @@ class Task:
 
     @property
     def classes(self) -> int | None:
+        """How many there are, without the null class; None: the network is unconditional."""
         return self.network.num_class_embeds if self.null_label is None else self.null_label
 
 

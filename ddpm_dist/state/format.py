@@ -46,6 +46,7 @@ class StateId:
 
     @classmethod
     def parse(cls, name: str) -> "StateId | None":
+        """The id that a state's folder is named by; None for other names."""
         match = re.fullmatch(r"(\d{9,})-(\d{4,})", name)
         return cls(int(match[1]), int(match[2])) if match else None
 
@@ -96,10 +97,12 @@ class Manifest:
 
     @property
     def kinds(self) -> list[str]:
+        """What the state has of each parameter, such as its weights, moments and averages."""
         return self.parts[0].kinds
 
     @property
     def bytes(self) -> int:
+        """Of all files of all ranks, without the JSON."""
         return sum(file.size for part in self.parts for file in part.files)
 
 

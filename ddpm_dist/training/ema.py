@@ -59,6 +59,7 @@ class Ema:
 
 
 def power_label(std: float) -> str:
+    """Name of a power average in states and folders; widths are told by 3 decimals."""
     return f"power-{std:.3f}"
 
 

@@ -43,6 +43,7 @@ class EventLog:
         self._thread.start()
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """A point of each tag's curve."""
         with self._lock:
             for tag, value in values.items():
                 self._writer.add_scalar(tag, value, step)
@@ -53,10 +54,12 @@ class EventLog:
             self._writer.add_image(tag, image, step)
 
     def text(self, tag: str, text: str, step: int) -> None:
+        """A text, as Markdown."""
         with self._lock:
             self._writer.add_text(tag, text, step)
 
     def close(self) -> None:
+        """Publishes what is left and ends; StorageError where the store doesn't take it."""
         self._ended.set()
         self._thread.join()
         with self._lock:

@@ -213,10 +213,12 @@ def _rated(folder: str, question: object) -> set[str]:
 
 
 def write_summary(run_url: str, summary: dict[str, Any]) -> None:
+    """What an attempt ended with, in place of what the one before wrote."""
     storage.publish(storage.join(run_url, "summary.json"), json.dumps(summary, indent=2).encode())
 
 
 def read_summary(run_url: str) -> dict[str, Any] | None:
+    """What the last attempt ended with; None where none has ended."""
     return _read_json(storage.join(run_url, "summary.json"), _SUMMARY)
 
 

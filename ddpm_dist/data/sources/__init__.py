@@ -33,6 +33,7 @@ class SourceOptions:
 
     @property
     def choice(self) -> Choice:
+        """What of it a source needs to know to choose its files and labels."""
         return Choice(self.split, self.labels, self.include, self.exclude)
 
     def normal(self, kind: str) -> "SourceOptions":
