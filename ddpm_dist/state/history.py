@@ -73,7 +73,13 @@ def _chain(url: str, attempts: list[int]) -> dict[int, Claim]:
     claims: dict[int, Claim] = {}
     attempt = max(attempts, default=0)
     while attempt in attempts and attempt not in claims:
-        claims[attempt] = claim = read_claim(url, attempt)
+        try:
+            claims[attempt] = claim = read_claim(url, attempt)
+        except NotFoundError as error:
+            log.warning("attempt %d never claimed this run: %s", attempt, error)
+            attempts = [one for one in attempts if one != attempt]
+            attempt = max((one for one in attempts if one < attempt), default=0)
+            continue
         if claim.chain is not None and len(claims) == 1:
             break
         attempt = claim.continues.attempt if claim.continues is not None else 0
@@ -84,17 +90,23 @@ def began_at(url: str, claims: Mapping[int, Claim | None]) -> float | None:
     """Unix time at which the run's first attempt claimed it; None where nobody has."""
     if not claims:
         return None
-    newest = claims[max(claims)]
+    newest = next((claim for _, claim in sorted(claims.items(), reverse=True) if claim is not None), None)
     if newest is not None and newest.began is not None:
         return newest.began
-    return read_claim(url, min(claims)).time
+    try:
+        return read_claim(url, min(claims)).time
+    except NotFoundError:  # the first writer was killed before its claim was whole
+        return None
 
 
 def read_claim(url: str, attempt: int) -> Claim:
-    """StateError if it is none."""
+    """StateError if it is none, NotFoundError if its writer was killed before it was whole (disks without links)."""
     place = _owner_url(url, attempt)
+    text = storage.read(place)
+    if not text:
+        raise NotFoundError(f"{storage.redact(place)}: empty, as its writer was killed; it counts for nothing")
     try:
-        record = json.loads(storage.read(place))
+        record = json.loads(text)
         name, chain, began = record["continues"], record.get("chain"), record.get("began")
         return Claim(
             None if name is None else fmt.StateId.parse(name),

@@ -1,14 +1,22 @@
 """Local files that appear whole and stay: written beside their place, synced, then renamed or linked."""
 
+import errno
+import hashlib
 import os
 import random
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from ddpm_dist.errors import AccessError, StorageError
+from ddpm_dist.errors import AccessError, NotFoundError, ShortReadError, StorageError
+
+ONCE = b"ddpm_dist once "
+"""How a file begins that was created where a disk has no hard links: with its length and hash, to tell it is whole."""
+WRITTEN_WITHIN_S = 5.0
+WITHOUT_LINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EMLINK}
 
 
 def is_temporary(name: str) -> bool:
@@ -77,9 +85,46 @@ def create_file(path: str, data: bytes) -> None:
     temporary = _write_temporary(path, lambda file: file.write(data))
     try:
         os.link(temporary, path)  # unlike a rename, it fails if the name is taken
+    except OSError as error:
+        if error.errno not in WITHOUT_LINKS:
+            raise
+        _create_exclusively(path, data)
     finally:
         os.unlink(temporary)
     _make_name_durable(path)
+
+
+def content(path: str, data: bytes) -> bytes:
+    """What a file holds: without the line that goes before it where a disk has no hard links.
+
+    ShortReadError for one that is being written, NotFoundError for one whose writer was killed in the middle.
+    """
+    if not data.startswith(ONCE) and not (len(data) < len(ONCE) and ONCE.startswith(data) and data):
+        return data
+    head, newline, rest = data.partition(b"\n")
+    if newline and head == _head(rest):
+        return rest
+    if time.time() - os.stat(path).st_mtime < WRITTEN_WITHIN_S:
+        raise ShortReadError(f"file://{path}: it is being written")
+    raise NotFoundError(f"file://{path}: incomplete, as its writer was killed; it counts for nothing")
+
+
+def _head(data: bytes) -> bytes:
+    return b"%s%d %s" % (ONCE, len(data), hashlib.sha256(data).hexdigest().encode())
+
+
+def _create_exclusively(path: str, data: bytes) -> None:
+    """As `create_file` on exFAT, SMB or gcsfuse: the name is taken first and filled then, so the file says when it is
+    whole."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(_head(data) + b"\n" + data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        os.unlink(path)
+        raise
 
 
 def _write_temporary(path: str, write: Callable[[BinaryIO], object]) -> str:
@@ -100,5 +145,8 @@ def _make_name_durable(path: str) -> None:
     folder = os.open(os.path.dirname(path), os.O_RDONLY)
     try:
         os.fsync(folder)
+    except OSError as error:
+        if error.errno not in WITHOUT_LINKS | {errno.EBADF}:  # SMB and FUSE know no such thing
+            raise
     finally:
         os.close(folder)

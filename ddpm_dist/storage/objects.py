@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ddpm_dist.errors import AccessError, NotFoundError, ShortReadError, StorageError
-from ddpm_dist.storage import identity, multipart, s3, signing
+from ddpm_dist.storage import identity, local, multipart, s3, signing
 from ddpm_dist.storage.errors import PATIENCE_S, answer_of, redact, retry
 from ddpm_dist.storage.filesystem import filesystem, is_local, is_s3
 from ddpm_dist.storage.local import check_folder, copy_file, is_temporary, replace_file, sizes as local_sizes
@@ -32,6 +32,8 @@ def read(url: str, patience_s: float = PATIENCE_S) -> bytes:
     fs, path = filesystem(url)
     # One GET: s3fs's parallel parts would cost a HEAD, go without the store's checksum and miss short answers.
     options = {"max_concurrency": 1} if is_s3(fs) else {}
+    if is_local(fs):
+        return retry(lambda: local.content(path, bytes(fs.cat_file(path))), url, patience_s)
     return _unless_missing(fs, path, url, lambda: retry(lambda: bytes(fs.cat_file(path, **options)), url, patience_s))
 
 

@@ -1,9 +1,9 @@
 """Objects that are created once: of many who try, one succeeds. All that says whose something is rests on it."""
 
-from ddpm_dist.errors import StorageError
+from ddpm_dist.errors import NotFoundError, StorageError
 from ddpm_dist.storage.errors import PATIENCE_S, answer_of, redact, retry
 from ddpm_dist.storage.filesystem import filesystem, is_local
-from ddpm_dist.storage.local import create_file
+from ddpm_dist.storage.local import content, create_file
 from ddpm_dist.storage.objects import put
 
 NO_CREATE = (
@@ -28,13 +28,17 @@ def create(url: str, data: bytes, patience_s: float = PATIENCE_S) -> bool:
         except OSError as error:
             code, status = answer_of(error)
             if isinstance(error, FileExistsError) or status == 412:
-                return bool(fs.cat_file(path) == data)
+                there = bytes(fs.cat_file(path))
+                return (content(path, there) if is_local(fs) else there) == data
             if status == 501 or (status == 400 and code in ("NotImplemented", "InvalidArgument", "InvalidRequest")):
                 raise StorageError(f"{redact(url)}: {NO_CREATE.format('lacks', f' ({status} {code})')}") from None
             raise
         return True
 
-    return retry(attempt, url, patience_s)
+    try:
+        return retry(attempt, url, patience_s)
+    except NotFoundError:  # somebody was killed while making it, on a disk without hard links
+        return False
 
 
 def check_create(url: str, data: bytes, patience_s: float = PATIENCE_S) -> None:
