@@ -20,7 +20,7 @@ from functools import partial
 from ddpm_dist import cli
 from ddpm_dist.cluster import ActorPool, Failed
 from ddpm_dist.config import ClusterConfig
-from ddpm_dist.data import SOURCES, SourceOptions
+from ddpm_dist.data import SOURCES, Reading, SourceOptions
 from ddpm_dist.data.build import Made, Plan, ShardMaker, build, make_plan, run_in_processes
 
 SMALL = 5000
@@ -51,6 +51,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE|NAME",
         help='for files: a CSV of file,class, a JSON {file: class}, or "folders"; for idx, its labels file; for npz '
         'and parquet, the array or column; or "none" (default: what the input says: dataset.json, folders, labels)',
+    )
+    parser.add_argument(
+        "--sparse-labels",
+        choices=Reading.SPARSE,
+        help="class numbers with big gaps: keep them, or take them for names of classes",
     )
     parser.add_argument(
         "--include",
@@ -111,7 +116,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Makes what of the set is not there yet, and its index at the end."""
     args = parse(argv)
     options = SourceOptions(
-        tuple(args.inputs), args.split, args.labels, args.size, args.images, tuple(args.include), tuple(args.exclude)
+        tuple(args.inputs),
+        args.split,
+        args.labels,
+        args.size,
+        args.images,
+        tuple(args.include),
+        tuple(args.exclude),
+        args.sparse_labels,
     )
     plan = make_plan(
         args.kind,

@@ -175,6 +175,17 @@ def test_what_is_no_number_of_a_class(values: list[object], message: str) -> Non
         number_classes(values, str)
 
 
+def test_numbers_with_big_gaps_are_asked_about() -> None:
+    values = [5, 3000, 77, 5]
+    with pytest.raises(ConfigError, match=r"3 numbers \(5, 77, 3000\) up to 3000: --sparse-labels renumber makes 3"):
+        number_classes(values, str)
+    assert number_classes(values, str, "renumber") == ([0, 2, 1, 0], ("5", "77", "3000"))
+    assert number_classes(values, str, "keep") == (values, None)
+    assert number_classes([6, 9, 2], str) == ([6, 9, 2], None)
+    with pytest.raises(DataError, match=r"150 different labels for 200 images .* are no classes; --labels none"):
+        number_classes([f"a photo of {i % 150}" for i in range(200)], str)
+
+
 def test_classes_are_described_by_number_and_three_names() -> None:
     assert describe_classes([0, 1, 2, 3], ("a", "b", "c", "d")) == "4 classes: a, b, c, …"
     assert describe_classes([5], None) == "6 classes (1 of them occur): 5"

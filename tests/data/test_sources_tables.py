@@ -1,5 +1,6 @@
 """Parquet and LMDB as they lie around: columns, parts, damage; each said by file and row."""
 
+import json
 import resource
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,24 @@ def test_labels(tmp_path: Path, column: Any, expected: list[int] | str) -> None:
         assert labels(opened("parquet", tmp_path, labels="none")) == [None] * 4
     else:
         assert labels(opened("parquet", tmp_path)) == expected
+
+
+def test_class_names_of_hugging_face(tmp_path: Path) -> None:
+    names = [f"n{i}" for i in range(500)]
+    features = {"label": {"names": names, "_type": "ClassLabel"}}
+    table = pa.table({"image": ROWS, "label": [5, 499, 0, 5]})
+    head = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(table.replace_schema_metadata(head), tmp_path / "a.parquet")
+    source = opened("parquet", tmp_path)
+    assert labels(source) == [5, 499, 0, 5]
+    assert source.class_names == tuple(names)
+    features["label"]["names"] = names[:400]
+    head = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(table.replace_schema_metadata(head), tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=r"b\.parquet: its class names differ from those of .*a\.parquet"):
+        opened("parquet", tmp_path)
+    with pytest.raises(DataError, match=r"b\.parquet: row 1: class 499, but 400 class names"):
+        opened("parquet", tmp_path / "b.parquet")
 
 
 def test_columns_by_name(tmp_path: Path) -> None:

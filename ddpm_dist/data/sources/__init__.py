@@ -30,11 +30,13 @@ class SourceOptions:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     """Globs of the files to take, and of those to leave out."""
+    sparse: str | None = None
+    """What class numbers with big gaps are: "keep" or "renumber"."""
 
     @property
     def choice(self) -> Choice:
         """What of it a source needs to know to choose its files and labels."""
-        return Choice(self.split, self.labels, self.include, self.exclude)
+        return Choice(self.split, self.labels, self.include, self.exclude, self.sparse)
 
     def normal(self, kind: str) -> "SourceOptions":
         """With each place spelt so that it means the same in any process."""
@@ -50,7 +52,7 @@ SOURCES: dict[str, Callable[[SourceOptions], Source]] = {
     "emoji": lambda o: Emoji(_one("emoji", o) if o.inputs else None, o.split or "train", o.size or 32),
     "cifar10": lambda o: cifar10(_one("cifar10", o), o.split or "train"),
     "idx": lambda o: idx(_one("idx", o), o.labels),
-    "npz": lambda o: npz(_one("npz", o), o.images, o.labels),
+    "npz": lambda o: npz(_one("npz", o), o.images, o.labels, o.sparse),
     "folder": lambda o: folder(_one("folder", o), o.choice),
     "zip": lambda o: zip_archive(_one("zip", o), o.choice),
     "tar": lambda o: tar_archive(_one("tar", o), o.choice),
@@ -80,6 +82,8 @@ def open_source(kind: str, options: SourceOptions) -> Source:
         raise ConfigError(f"--images {options.images}: {kind} has no names for it; {', '.join(LABELS_BY_NAME)} have")
     if (options.include or options.exclude) and kind not in OF_FILES:
         raise ConfigError(f"--include, --exclude: {kind} is not made of files; {', '.join(OF_FILES)} are")
+    if options.sparse is not None and kind not in OF_FILES + LABELS_BY_NAME:
+        raise ConfigError(f"--sparse-labels {options.sparse}: {kind} has no class numbers with gaps")
     return SOURCES[kind](options)
 
 

@@ -61,7 +61,7 @@ class FileSource:
             return None, None, "no labels, as --labels none says"
         if asked not in (None, FOLDERS):
             found = read_labels(asked)
-            labels, names = from_mapping(self._names, found, f"--labels {asked}")
+            labels, names = from_mapping(self._names, found, f"--labels {asked}", self._choice.sparse)
             others = len(found) - len(self._names)
             unused = f"; {others} of its lines name nothing that is taken" if others else ""
             return labels, names, f"{describe_classes(labels or [], names)} (by {asked}){unused}"
@@ -77,7 +77,7 @@ class FileSource:
         if given is None:
             return None, None, f"no labels, as {shown(meta)} says {remedy}"
         to_name = layout.below(self._names, meta)
-        labels, names = from_mapping(list(to_name), given, f"{place} {remedy}")
+        labels, names = from_mapping(list(to_name), given, f"{place} {remedy}", self._choice.sparse)
         return labels, names, f"{describe_classes(labels or [], names)} (by {shown(meta)}; {remedy[1:]}"
 
     def __len__(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ddpm_dist.data.reading import Reading, sparse_numbers
 from ddpm_dist.data.sources.base import open_input, reading, shown
 from ddpm_dist.errors import DataError
 
@@ -22,10 +23,11 @@ MAX_CLASS = 2**31 - 1
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]{1,3})?")
 
 
-def number_classes(values: Sequence[object], where: Callable[[int], str]) -> Labels:
+def number_classes(values: Sequence[object], where: Callable[[int], str], sparse: str | None = None) -> Labels:
     """Class numbers (also as text, also 3.0) stay as they are; class names are numbered in sorted order.
 
     where: says where value i stands, for the DataError about one that is neither, or about numbers among names.
+    sparse: what numbers with big gaps are, as for sets that are indexed (`Reading.sparse`).
     """
     parsed: dict[object, int | str] = {}
     first: dict[type, int] = {}
@@ -43,8 +45,18 @@ def number_classes(values: Sequence[object], where: Callable[[int], str]) -> Lab
         )
     classes = [parsed[(type(value), value)] for value in values]
     if int in first or not first:
-        return [int(number) for number in classes], None
+        numbers = [int(number) for number in classes]
+        names = sparse_numbers(numbers, Reading(sparse=sparse))
+        if names is None:
+            return numbers, None
+        place = {number: i for i, number in enumerate(names)}
+        return [place[number] for number in numbers], tuple(map(str, names))
     known = tuple(sorted({str(name) for name in classes}))
+    if len(known) > 100 and 2 * len(known) > len(classes):
+        raise DataError(
+            f"{where(0)}: {len(known)} different labels for {len(classes)} images ({known[0]!r:.40}, …) are no "
+            f"classes; --labels none leaves them out"
+        )
     by_name = {name: number for number, name in enumerate(known)}
     return [by_name[str(name)] for name in classes], known
 
@@ -90,12 +102,12 @@ def describe_classes(labels: Iterable[int], class_names: Sequence[str] | None) -
     return f"{count} {'class' if count == 1 else 'classes'}{absent}: {listed}"
 
 
-def from_mapping(names: Sequence[str], classes: Mapping[str, object], place: str) -> Labels:
+def from_mapping(names: Sequence[str], classes: Mapping[str, object], place: str, sparse: str | None) -> Labels:
     """Classes of files by {file: class}; DataError for a file that isn't there."""
     missing = next((name for name in names if name not in classes), None)
     if missing is not None:
         raise DataError(f"{place}: {shown(missing)} has no class there (of {len(names)} files)")
-    return number_classes([classes[name] for name in names], lambda i: f"{place}: {shown(names[i])}")
+    return number_classes([classes[name] for name in names], lambda i: f"{place}: {shown(names[i])}", sparse)
 
 
 def read_labels(path: str) -> dict[str, object]:

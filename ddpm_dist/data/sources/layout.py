@@ -29,6 +29,8 @@ class Choice:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     """Globs of paths below the input; * matches / as well."""
+    sparse: str | None = None
+    """What class numbers with big gaps are: "keep" or "renumber"."""
 
     def takes(self, name: str) -> bool:
         wanted = not self.include or any(fnmatchcase(name, glob) for glob in self.include)

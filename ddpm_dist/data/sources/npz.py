@@ -28,9 +28,10 @@ class Head(NamedTuple):
         return f"{self.dtype} {list(self.shape)}"
 
 
-def npz(path: str, images: str | None = None, labels: str | None = None) -> ArraySource:
+def npz(path: str, images: str | None = None, labels: str | None = None, sparse: str | None = None) -> ArraySource:
     """Images [N, H, W, C] or [N, H, W] uint8, and labels [N], of an .npz file.
 
+    sparse: as for `number_classes`.
     images, labels: names of arrays; "none" for no labels. Without them, those of LABELS_OF, or an array that is alone.
     """
     what = "an .npz file of plain arrays"
@@ -60,7 +61,7 @@ def npz(path: str, images: str | None = None, labels: str | None = None) -> Arra
     if values is not None:
         if values.shape not in ((len(values),), (len(values), 1)) or values.dtype.kind not in "iufU":
             raise DataError(f"{path}: labels are {values.dtype} {values.shape}; [N] class numbers or names are wanted")
-        found, names = number_classes(values.reshape(-1).tolist(), lambda i: f"{path}: {label_name}[{i}]")
+        found, names = number_classes(values.reshape(-1).tolist(), lambda i: f"{path}: {label_name}[{i}]", sparse)
         numbers = np.array(found, np.int64)
     return ArraySource(pixels, numbers, names, {"source": Path(path).name}, notes)
 

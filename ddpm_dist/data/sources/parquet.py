@@ -45,7 +45,7 @@ class Parquet:
         self._rows = lru_cache(maxsize=GROUPS_KEPT)(self._read_group)
         self._columns(choice.labels, images)
         self._scan()
-        self._labels, self.class_names, said = self._number()
+        self._labels, self.class_names, said = self._number(choice.sparse)
         self.run = max(1, len(self) // max(1, len(self._groups)))
         self.notes = tuple(note for note in (*notes, said, self._others) if note)
         self.about = {"source": ", ".join(Path(path).name for path in self._paths[:3])}
@@ -99,10 +99,11 @@ class Parquet:
                         raise DataError(f"{path}: {len(values)} labels for {file.metadata.num_rows} rows")
                     self._values += values
 
-    def _number(self) -> tuple[list[int] | None, tuple[str, ...] | None, str]:
+    def _number(self, sparse: str | None) -> tuple[list[int] | None, tuple[str, ...] | None, str]:
         if self._label is None:
             return None, None, "no labels"
-        labels, names = number_classes(self._values, lambda i: f"{self._where(i)}: column {self._label}")
+        sparse = "keep" if self._known_names else sparse  # Hugging Face's ClassLabel says how many there are
+        labels, names = number_classes(self._values, lambda i: f"{self._where(i)}: column {self._label}", sparse)
         self._values = []
         names = names or self._known_names
         if names and labels and max(labels) >= len(names):
