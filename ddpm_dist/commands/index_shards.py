@@ -44,13 +44,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="where a sample's key ends in a file's name (default: %(default)s)",
     )
     parser.add_argument(
+        "--include",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="shards to take, by their path below URL; * matches / as well (may stand several times)",
+    )
+    parser.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="shards to leave out")
+    parser.add_argument(
         "--workers", type=cli.positive, metavar="N", help="processes (default: all cores, 1 for small sets)"
     )
     parser.add_argument("--leave-out-damaged", action="store_true", help="index what is whole, instead of stopping")
     args = parser.parse_args(argv)
     if args.label and args.labels:
         parser.error("--label and --labels: one of them says the classes")
-    reading = Reading(args.label or Reading().label, args.labels, args.image, args.keys, args.sparse_labels)
+    reading = Reading(
+        args.label or Reading().label,
+        args.labels,
+        args.image,
+        args.keys,
+        args.sparse_labels,
+        tuple(args.include),
+        tuple(args.exclude),
+    )
     index = index_shards(
         args.url, reading, at=args.index, workers=args.workers, leave_out_damaged=args.leave_out_damaged
     )

@@ -28,6 +28,7 @@ from ddpm_dist.data.reading import NO_LABELS, Reading
 from ddpm_dist.data.settle import settle_classes
 from ddpm_dist.data.sources.base import open_input
 from ddpm_dist.data.sources.labels import read_labels
+from ddpm_dist.data.sources.splits import choose_shards
 from ddpm_dist.data.writer import IMAGELESS, LYING, OWN, UNREADABLE, WrittenShard, index_tar, make_index
 from ddpm_dist.errors import ConfigError, DataError, NotFoundError
 from ddpm_dist.progress import Progress, counted
@@ -60,8 +61,10 @@ def index_shards(
     storage.check_access(home)
     tars = _tars(url)
     plan = refuse_unfinished(url, set(tars))
+    names = choose_shards(tars, reading.include, reading.exclude, storage.redact(url))
+    others = {name: f"{name}: not chosen (--include, --exclude)" for name in sorted(tars.keys() - set(names))}
+    tars = {name: tars[name] for name in names}
     _refuse_overwriting(home, tars)
-    names = list(tars)
     finished = _finished(home, tars, reading)
     missing = [number for number in range(len(names)) if number not in finished]
     if finished:
@@ -86,7 +89,7 @@ def index_shards(
     _tell(written)
     _refuse_empty(url, written)
     written, class_names = settle_classes(home, written, reading)
-    about: dict[str, Any] = {LEFT_OUT: damaged} if damaged else {}
+    about: dict[str, Any] = {LEFT_OUT: others | damaged} if others or damaged else {}
     if reading.keys != OWN.keys:
         about[KEYS] = reading.keys
     index = make_index(url, written, class_names=class_names, about=about, at=at)

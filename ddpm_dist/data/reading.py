@@ -38,6 +38,9 @@ class Reading:
     """Where a key ends in a file's name: one of KEYS."""
     sparse: str | None = None
     """What numbers with big gaps are: classes with their numbers (KEEP), or their names (RENUMBER)."""
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    """Globs of the shards to take, and of those to leave out; * matches / as well."""
 
     def split(self, path: str) -> tuple[str | None, str]:
         """(key or None, extension) of a path, by `keys`."""

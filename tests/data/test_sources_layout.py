@@ -14,9 +14,12 @@ from PIL import Image
 
 from ddpm_dist import storage
 from ddpm_dist.data.decode import encode_png
+from ddpm_dist.data.foreign import index_shards
+from ddpm_dist.data.reading import Reading
 from ddpm_dist.data.sources import Source, SourceOptions, open_source
 from ddpm_dist.data.sources.layout import EXTENSIONS
 from ddpm_dist.data.sources.splits import split_of
+from ddpm_dist.data.verify import verify_shards
 from ddpm_dist.errors import ConfigError, DataError
 from tests.data.small_sets import random_images
 
@@ -344,6 +347,25 @@ def test_tars_that_are_not_whole_are_refused(tmp_path: Path, bucket_url: str) ->
         for place in (tmp_path / "a.tar", f"{bucket_url}/a.tar"):
             with pytest.raises(DataError, match=message):
                 opened("tar", place)
+
+
+def test_parts_among_shards_are_asked_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    url = f"file://{tmp_path}"
+    for i, name in enumerate(("train-000", "train-001", "test-000")):
+        storage.publish(f"{url}/{name}.tar", tar_of([(f"{i}.png", PNG)]))
+    with pytest.raises(ConfigError, match=r"side by side \(test-000.tar, train-000.tar\).*--include '\*test\*' or"):
+        index_shards(url)
+    with pytest.raises(ConfigError, match=r"leave none of test-000.tar, train-000.tar"):
+        index_shards(url, Reading(include=("val*",)))
+    index = index_shards(url, Reading(include=("train*",)))
+    assert [shard.name for shard in index.shards] == ["train-000.tar", "train-001.tar"]
+    with caplog.at_level("INFO"):
+        assert verify_shards(url) == []
+    assert "test-000.tar: not chosen (--include, --exclude)" in caplog.text
+    storage.delete(f"{url}/index.json")
+    assert len(index_shards(url, Reading(exclude=("test*",))).shards) == 2
+    storage.delete(f"{url}/index.json")
+    assert len(index_shards(url, Reading(include=("*",))).shards) == 3
 
 
 def test_a_webdataset_as_a_tar_of_files_does_not_lose_its_labels(tmp_path: Path) -> None:

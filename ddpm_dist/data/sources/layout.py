@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 
 from ddpm_dist.data.sources import splits
@@ -33,8 +32,7 @@ class Choice:
     """What class numbers with big gaps are: "keep" or "renumber"."""
 
     def takes(self, name: str) -> bool:
-        wanted = not self.include or any(fnmatchcase(name, glob) for glob in self.include)
-        return wanted and not any(fnmatchcase(name, glob) for glob in self.exclude)
+        return splits.takes(name, self.include, self.exclude)
 
 
 def is_image(name: str) -> bool:

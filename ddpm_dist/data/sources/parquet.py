@@ -164,7 +164,7 @@ def _files_at(place: str, choice: Choice, notes: list[str]) -> list[tuple[str, s
         every = {name: str(root / name) for name, _ in files_below(root, is_parquet, notes)}
     names = sorted(filter(is_parquet, every), key=every.__getitem__)
     taken = [name for name in names if choice.takes(name)]
-    kinds = {name: next(filter(None, map(splits.split_of, PurePosixPath(name).parts)), None) for name in taken}
+    kinds = {name: splits.part_of(name) for name in taken}
     if taken and (len(set(kinds.values())) > 1 or choice.split is not None):
         exact = {name for name in taken if choice.split in PurePosixPath(name).parts}
         chosen = exact or splits.choose(kinds, choice.split, place)

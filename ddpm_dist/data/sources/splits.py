@@ -1,9 +1,11 @@
 """Parts of a published set that lie side by side (train, val, test): never mixed, never taken for classes."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
 
-from ddpm_dist.errors import DataError
+from ddpm_dist.errors import ConfigError, DataError
 
 ALL = "all"
 WORDS = {
@@ -64,3 +66,30 @@ def choose(kinds: Mapping[str, str | None], split: str | None, place: str) -> se
     if not found:
         raise DataError(f"--split {split}: {place} has {listed}")
     return found
+
+
+def part_of(path: str) -> str | None:
+    """The part that a path names, in a folder or in the file itself."""
+    return next(filter(None, map(split_of, PurePosixPath(path).parts)), None)
+
+
+def takes(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Whether globs of paths choose a file; * matches / as well."""
+    wanted = not include or any(fnmatchcase(name, glob) for glob in include)
+    return wanted and not any(fnmatchcase(name, glob) for glob in exclude)
+
+
+def choose_shards(names: Iterable[str], include: Sequence[str], exclude: Sequence[str], place: str) -> list[str]:
+    """The shards that are taken; ConfigError where parts of a set lie side by side and nothing says which is meant."""
+    names = list(names)
+    taken = [name for name in names if takes(name, include, exclude)]
+    if names and not taken:
+        raise ConfigError(f"{place}: --include and --exclude leave none of {', '.join(names[:3])}")
+    examples = {part_of(name): name for name in reversed(taken)}
+    if len(examples) > 1 and not include:
+        globs = " or ".join(sorted(f"--include '*{part}*'" for part in examples if part))
+        raise ConfigError(
+            f"{place}: shards of parts of a set lie side by side ({', '.join(sorted(examples.values()))}), which are "
+            f"not to be mixed: {globs} chooses, --include '*' takes all"
+        )
+    return taken
