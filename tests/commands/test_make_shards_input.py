@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from ddpm_dist.commands import make_shards
+from ddpm_dist.data import SOURCES
 from ddpm_dist.data.build import make_shard
 from ddpm_dist.data.decode import decode, encode_png
 from ddpm_dist.data.index import load_index
@@ -18,6 +21,7 @@ from ddpm_dist.errors import ConfigError, DataError
 from tests.data.small_sets import random_images
 
 IMAGES = random_images(24)
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def make(*arguments: object) -> None:
@@ -220,3 +224,20 @@ def test_what_was_decided_is_said_once(files: Path, tmp_path: Path, caplog: pyte
         make("folder", files, f"file://{tmp_path}/out", "--workers", 2, "--shard-samples", 12)
     assert caplog.text.count("2 classes: a, b (the folders at *)") == 1
     assert caplog.text.count("left out: 1 .txt (notes.txt)") == 1
+
+
+def test_the_commands_of_the_documentation_are_understood() -> None:
+    """Each row of the table in docs/data.md names a kind and options that there are."""
+    table = (ROOT / "docs" / "data.md").read_text().partition("## Everything else")[2].partition("**Labels**")[0]
+    rows = [line.split("|")[2] for line in table.splitlines() if line.startswith("|")]
+    commands = [command for row in rows for command in re.findall("`([^`]+)`", row)]
+    kinds = set()
+    for command in commands:
+        words = shlex.split(command)
+        if words[0] in SOURCES:
+            args = make_shards.parse([word if word != "URL_OF_IT" else "s3://b/a" for word in words])
+            assert args.url == "URL"
+            kinds.add(args.kind)
+        elif words[0].startswith("--") and words[0] != "--help":
+            make_shards.parse(["folder", "in", "URL", *words])
+    assert kinds == set(SOURCES) - {"fashion-mnist", "emoji"}
