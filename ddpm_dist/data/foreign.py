@@ -26,7 +26,7 @@ from ddpm_dist.data.plans import PlanHead, refuse_unfinished
 from ddpm_dist.data.processes import default_workers, in_processes
 from ddpm_dist.data.reading import NO_LABELS, Reading
 from ddpm_dist.data.settle import settle_classes
-from ddpm_dist.data.sources.base import open_input
+from ddpm_dist.data.sources.base import open_input, reading as explained
 from ddpm_dist.data.sources.labels import read_labels
 from ddpm_dist.data.sources.splits import choose_shards
 from ddpm_dist.data.writer import IMAGELESS, LYING, OWN, UNREADABLE, WrittenShard, index_tar, make_index
@@ -217,7 +217,8 @@ class _Indexer:
             data = storage.read(storage.join(self._url, name))
             if len(data) != size:
                 return number, f"{name}: changed while it was read: it had {size} bytes, now {len(data)}"
-            written, table = index_tar(name, data, self._reading, self._labels)
+            with explained(name, "a shard that can be indexed"):
+                written, table = index_tar(name, data, self._reading, self._labels)
         except NotFoundError:
             return number, f"{name}: vanished after it was listed"
         except DataError as error:

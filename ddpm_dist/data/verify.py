@@ -12,6 +12,7 @@ from ddpm_dist.data.decode import BadSampleError, decode
 from ddpm_dist.data.index import KEYS, LEFT_OUT, DataIndex, SampleTable, content_hash, load_index, table_name
 from ddpm_dist.data.plans import PLAN_NAME, plan_at
 from ddpm_dist.data.processes import default_workers, in_processes
+from ddpm_dist.data.sources.base import reading as explained
 from ddpm_dist.errors import DataError, NotFoundError, ShardError
 from ddpm_dist.progress import Progress
 
@@ -79,7 +80,11 @@ class _Verifier:
             what = "missing" if table is None else "altered: its hash is not the one in the index"
             found.append(f"its table {table_name(shard.name)} is {what}")
         elif data is not None:
-            found += self._compare(shard.name, data, table)
+            try:
+                with explained(shard.name, "a shard that can be checked"):
+                    found += self._compare(shard.name, data, table)
+            except DataError as error:
+                found.append(str(error).removeprefix(f"{shard.name}: "))
         return [Problem(shard.name, what) for what in found]
 
     def _read(self, folder: str, name: str) -> bytes | None:

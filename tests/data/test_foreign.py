@@ -1,7 +1,7 @@
 """index_shards on sets of others: nothing of theirs is touched, nothing is lost in silence, nothing hangs."""
 
 import errno
-import gzip
+import hashlib
 import io
 import json
 import logging
@@ -15,19 +15,18 @@ import pytest
 from PIL import Image
 
 from ddpm_dist import storage
-from ddpm_dist.data import parts, tar
 from ddpm_dist.data.build import Plan, ShardMaker, build, make_plan, run_in_processes
 from ddpm_dist.data.fetch import ShardReader
 from ddpm_dist.data.foreign import index_shards
 from ddpm_dist.data.index import load_index
-from ddpm_dist.data.order import Extent
 from ddpm_dist.data.parts import PARTS_FOLDER
 from ddpm_dist.data.reading import Reading
 from ddpm_dist.data.sources import SourceOptions
 from ddpm_dist.data.verify import verify_shards
 from ddpm_dist.data.writer import index_tar, shard_bytes
-from ddpm_dist.errors import AccessError, ConfigError, DataError, DdpmDistError, NotFoundError, ShardError
-from tests.data.others import image, put, tarred, with_size
+from ddpm_dist.errors import AccessError, ConfigError, DataError, DdpmDistError
+from tests.data.others import image, labelled, put
+from tests.data.small_sets import write_set
 from tests.data.test_writer import samples
 
 
@@ -209,81 +208,12 @@ def test_shards_that_change_or_vanish_while_they_are_read(tmp_path: Path, monkey
         index_shards(url)
 
 
-FIRST = 512 + 512 * -(-len(image()) // 512)
-
-
-@pytest.mark.parametrize("size", [-512, -(2**62), 2**62, 2**80, 8**11 - 1])
-@pytest.mark.parametrize("header", [0, FIRST])
-def test_impossible_sizes_are_errors_at_once(size: int, header: int) -> None:
-    data = with_size(tarred([("0.png", image()), ("1.png", image(1))]), header, size)
-    with pytest.raises(ShardError, match=r"s\.tar: (altered|truncated|not a whole tar)"):
-        tar.walk(data, "s.tar")
-
-
-@pytest.mark.parametrize(
-    "kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_SPARSE, b"q"]
-)
-@pytest.mark.parametrize("size", [-512, 2**40, 2**70])
-def test_impossible_sizes_of_headers_that_tarfile_reads_itself(kind: bytes, size: int) -> None:
-    info = tarfile.TarInfo("x")
-    info.type = kind
-    data = with_size(info.tobuf() + tarred([("0.png", image())]), 0, size)
-    with pytest.raises(ShardError):
-        tar.walk(data, "s.tar")
-
-
-@pytest.mark.parametrize("value", ["-512", "9" * 30, "9" * 5000, "x", "1e9", "1.5"])
-@pytest.mark.parametrize("field", ["size", "mtime", "uid", "GNU.sparse.size", "GNU.sparse.map", "GNU.sparse.realsize"])
-def test_numbers_out_of_range_in_pax(field: str, value: str) -> None:
-    data = tarred([("0.png", image()), ("1.png", image(1))], format=tarfile.PAX_FORMAT, pax_headers={field: value})
-    info = tarfile.TarInfo("2.png")
-    info.pax_headers = {field: value}
-    local = info.create_pax_header(dict(info.get_info(), size=0), "utf-8")
-    for altered in (data, local + data):
-        try:
-            assert len(tar.walk(altered, "s.tar")) in (2, 3)
-        except ShardError:
-            pass
-
-
-def test_a_chain_of_headers_is_no_endless_recursion() -> None:
-    info = tarfile.TarInfo("x")
-    info.type = tarfile.XHDTYPE
-    with pytest.raises(ShardError, match="not a whole tar"):
-        tar.walk(info.tobuf() * 3000 + tarred([("0.png", image())]), "s.tar")
-
-
-def test_names_that_are_not_utf8_are_named() -> None:
-    data = bytearray(tarred([("na_ve.png", image())]))
-    data[2] = 0xEF  # naïve in Latin-1
-    with pytest.raises(ShardError, match=r"s\.tar: a file's name isn't UTF-8: b'na\\xefve\.png'"):
-        tar.walk(with_size(bytes(data), 0, len(image())), "s.tar")
-
-
 @pytest.mark.parametrize("names", [("0.jpg", "0.jpg"), ("0.jpg", "0.JPG"), ("0.txt", "0.txt")])
 def test_members_that_stand_twice_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
     url = f"file://{tmp_path}"
     put(url, [("0.png", image()), *((name, image(i, "JPEG")) for i, name in enumerate(names))])
     with pytest.raises(DataError, match=r"0\.tar: 0\.(jpg|JPG|txt): sample 0 has a member \.(jpg|txt) twice"):
         index_shards(url)
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 7\n", "a pointer of Git LFS"),
-        (b"\x1f\x8b" + bytes(2000), "compressed by gzip"),
-        (b"PK\x03\x04" + bytes(2000), "a zip"),
-        (b"<html>404</html>" * 100, "not a whole tar"),
-        (bytes(1024), None),
-    ],
-)
-def test_what_is_found_in_a_shards_place(data: bytes, message: str | None) -> None:
-    if message is None:
-        assert tar.walk(data, "s.tar") == []
-        return
-    with pytest.raises(ShardError, match=message):
-        tar.walk(data, "s.tar")
 
 
 def test_what_belongs_to_no_sample_is_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -330,28 +260,6 @@ def test_an_unsorted_tar_says_how_to_sort_it(tmp_path: Path) -> None:
         index_shards(url)
 
 
-@pytest.mark.parametrize(
-    "value", ["Infinity", "NaN", "1e400", "3.7", "-0.5", "-1", "true", "9" * 400, "[1]", "{}", '""']
-)
-def test_numbers_in_json_that_are_no_class(tmp_path: Path, value: str) -> None:
-    url = put(f"file://{tmp_path}", [("0.json", b'{"class": %s}' % value.encode()), ("0.png", image())])
-    with pytest.raises(DataError, match=r"0\.tar: 0: its label \(json:class\) is .*; a class"):
-        index_shards(url, Reading(label="json:class"))
-
-
-@pytest.mark.parametrize("text", [b"[" * 200_000, b"\xff\xfe", b"[1]", b"3", b"9" * 5000])
-def test_json_that_is_none(tmp_path: Path, text: bytes) -> None:
-    url = put(f"file://{tmp_path}", [("0.json", text), ("0.png", image())])
-    with pytest.raises(DataError, match=r"0\.tar: 0\.json: .* is not a JSON object"):
-        index_shards(url, Reading(label="json:class"))
-
-
-@pytest.mark.parametrize("value", ["3", "3.0", '"3"', '"3.0"', '" 3\\n"'])
-def test_whole_numbers_in_any_form(tmp_path: Path, value: str) -> None:
-    url = put(f"file://{tmp_path}", [("0.json", b'{"class": %s}' % value.encode()), ("0.png", image())])
-    assert index_shards(url, Reading(label="json:class")).num_classes == 4
-
-
 def test_an_index_that_is_json_of_another_kind(tmp_path: Path) -> None:
     url = put(f"file://{tmp_path}", [("0.png", image())])
     index_shards(url)
@@ -367,232 +275,6 @@ def test_an_index_that_is_json_of_another_kind(tmp_path: Path) -> None:
         storage.publish(f"{url}/index.json", changed)
         with pytest.raises(DdpmDistError, match=r"index\.json: (not an index|altered)"):
             load_index(url)
-
-
-# What a sample holds, and what of it is meant.
-
-
-def test_an_image_among_several_is_asked_for(tmp_path: Path) -> None:
-    url = f"file://{tmp_path}"
-    put(
-        url,
-        [
-            m
-            for i in range(3)
-            for m in ((f"{i}.jpg", image(i, "JPEG", (16, 16))), (f"{i}.png", image(9 + i, size=(4, 4))))
-        ],
-    )
-    with pytest.raises(ConfigError, match=r"0\.tar: sample 0 holds \.jpg, \.png: 2 images; .* --image jpg"):
-        index_shards(url)
-    with pytest.raises(ConfigError, match=r"2 images that match --image \*"):
-        index_shards(url, Reading(image="*"))
-    for asked, size in (("jpg", 16), ("PNG", 4), (".png", 4), ("*.jpg", 16)):
-        index = index_shards(url, Reading(image=asked))
-        assert (index.num_samples, index.schema.max_size) == (3, (size, size))
-        assert verify_shards(url) == []
-        storage.delete(f"{url}/index.json")
-    with pytest.raises(DataError, match=r"none of 3 samples has an image that can be read; 0\.tar: 0 \(\.jpg, \.png\)"):
-        index_shards(url, Reading(image="webp"))
-
-
-def test_an_image_beside_an_embedding_is_asked_for(tmp_path: Path) -> None:
-    url = put(f"file://{tmp_path}", [("0.npy", b"\x93NUMPY\1\0"), ("0.webp", image(0, "WEBP"))])
-    with pytest.raises(ConfigError, match=r"sample 0 holds \.npy, \.webp: 2 images"):
-        index_shards(url)
-    assert dict(index_shards(url, Reading(image="webp")).schema.formats) == {"webp": 1}
-    assert verify_shards(url) == []
-
-
-def test_keys_with_dots_do_not_melt(tmp_path: Path) -> None:
-    members = [m for i in range(4) for m in ((f"d.1/a.b.{i}.cls", b"%d" % i), (f"d.1/a.b.{i}.jpg", image(i, "JPEG")))]
-    url = put(f"file://{tmp_path}", members)
-    with pytest.raises(
-        ConfigError, match=r"sample d\.1/a holds \.b\.0\.cls, \.b\.0\.jpg, .*--keys last-dot.*--image b\.0\.jpg"
-    ):
-        index_shards(url)
-    index = index_shards(url, Reading(keys="last-dot"))
-    assert (index.num_samples, index.num_classes) == (4, 4)
-    loaded = ShardReader(load_index(url)).load(Extent(0, 0, 4))
-    assert [(loaded[i].key, loaded[i].label) for i in range(4)] == [(f"d.1/a.b.{i}", i) for i in range(4)]
-    assert verify_shards(url) == []
-
-
-def test_extensions_in_several_parts(tmp_path: Path) -> None:
-    members = [
-        m
-        for i in range(4)
-        for m in ((f"{i:04d}.input.jpg", image(i, "JPEG")), (f"{i:04d}.target.jpg", image(i + 9, "JPEG")))
-    ]
-    url = put(f"file://{tmp_path}", members)
-    with pytest.raises(ConfigError, match=r"sample 0000 holds \.input\.jpg, \.target\.jpg\..*--image input\.jpg"):
-        index_shards(url)
-    for asked in ("input.jpg", "*input*"):
-        index = index_shards(url, Reading(image=asked))
-        assert ShardReader(index).sample(0, 3).image == image(3, "JPEG")
-        assert verify_shards(url) == []
-        storage.delete(f"{url}/index.json")
-
-
-def test_samples_without_an_image_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    only_json = put(f"file://{tmp_path}/a", [(f"{i}.json", b"{}") for i in range(3)])
-    with pytest.raises(DataError, match=r"none of 3 samples has an image that can be read; 0\.tar: 0 \(\.json\)"):
-        index_shards(only_json)
-    some = put(f"file://{tmp_path}/b", [("0.png", image()), ("1.json", b"{}"), ("1.txt", b"x"), ("2.png", b"")])
-    with caplog.at_level(logging.INFO):
-        assert index_shards(some).num_samples == 3
-    assert "no image: 1 imageless sample, such as 0.tar: 1 (.json, .txt)" in caplog.text
-    assert [problem.what for problem in verify_shards(some)] == [
-        "sample 1 has no image; it holds .json, .txt",
-        "sample 2 can't be decoded: empty: a file of no bytes, or a sample without an image",
-    ]
-    empty = put(f"file://{tmp_path}/c", [])
-    with pytest.raises(DataError, match="1 shard, and no sample in them"):
-        index_shards(empty)
-
-
-@pytest.mark.parametrize(
-    ("form", "extension"), [("AVIF", "avif"), ("JPEG", "jfif"), ("JPEG", "jpe"), ("JPEG", "JPEG"), ("PNG", "PNG")]
-)
-def test_extensions_of_images(tmp_path: Path, form: str, extension: str) -> None:
-    url = put(f"file://{tmp_path}", [(f"0.{extension}", image(form=form))])
-    assert dict(index_shards(url).schema.formats) == {form.lower(): 1}
-    assert verify_shards(url) == []
-
-
-def test_a_set_whose_only_images_are_damaged_is_none(tmp_path: Path) -> None:
-    flipped = bytearray(image())
-    flipped[60] ^= 4
-    url = put(f"file://{tmp_path}", [("0.png", bytes(flipped)), ("1.png", b"text")])
-    with pytest.raises(
-        DataError, match=r"none of 2 .* can be read; 0\.tar: 0: corrupt: the chunk b'IDAT' at byte 33 differs"
-    ):
-        index_shards(url)
-
-
-def test_compressed_shards_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    url = f"file://{tmp_path}"
-    storage.publish(f"{url}/0.tar.gz", gzip.compress(tarred([("0.png", image())])))
-    with pytest.raises(NotFoundError, match=r"no \.tar is there, but 0\.tar\.gz; .* gunzip"):
-        index_shards(url)
-    put(url, [("1.png", image())], "1.tar")
-    with caplog.at_level(logging.INFO):
-        assert index_shards(url).num_samples == 1
-    assert "left out: 1 compressed shard, such as 0.tar.gz" in caplog.text
-
-
-def labelled(url: str, labels: list[bytes | None], name: str = "0.tar") -> str:
-    put(
-        url,
-        [
-            m
-            for i, v in enumerate(labels)
-            for m in (*([(f"{i}.cls", v)] if v is not None else []), (f"{i}.png", image(i)))
-        ],
-        name,
-    )
-    return url
-
-
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        ([b"1", None], r"some samples have a label, others \(1 of 2\) don't; --label none"),
-        ([b"-1", b"-1"], r"0\.tar: 0: its label \(cls\) is '-1'; a class number .* --label none leaves labels out"),
-        ([b"cat", b"7"], r"labels are names \(cat\) and numbers \(7\)"),
-        ([b"", b"1"], r"its label \(cls\) is ''"),
-        ([b"\xff", b"1"], r"its label \(cls\) is b'\\xff'"),
-        ([b"a cat\non a mat", b"1"], r"its label \(cls\) is 'a cat"),
-        (
-            [b"5", b"3000"],
-            r"labels: 2 numbers \(5, 3000\) up to 3000: --sparse-labels renumber makes 2 .* keep makes 3001",
-        ),
-    ],
-)
-def test_labels_that_are_none(tmp_path: Path, labels: list[bytes | None], message: str) -> None:
-    url = labelled(f"file://{tmp_path}", labels)
-    with pytest.raises(DdpmDistError, match=message):
-        index_shards(url)
-    index = index_shards(url, Reading(label="none"))
-    assert (index.num_samples, index.num_classes) == (2, None)
-    assert verify_shards(url) == []
-
-
-def labels_of(url: str) -> list[int]:
-    index = load_index(url)
-    reader = ShardReader(index)
-    return [reader.sample(s, i).label for s, info in enumerate(index.shards) for i in range(info.samples)]
-
-
-def test_class_names_are_numbered_over_all_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    url = f"file://{tmp_path}"
-    labelled(url, [b"dog", b"cat\n"], "0.tar")
-    labelled(url, [b"eel", b"cat", b"ape"], "1.tar")
-    index = index_shards(url)
-    assert index.schema.class_names == load_index(url).schema.class_names == ("ape", "cat", "dog", "eel")
-    assert labels_of(url) == [2, 1, 3, 1, 0]
-    assert verify_shards(url) == []
-    wanted = storage.read(f"{url}/index.json")
-
-    storage.delete(f"{url}/index.json")  # the same after a power cut when some tables have their numbers
-    original = storage.create
-    monkeypatch.setattr(
-        storage, "create", lambda place, data: not place.endswith("index.json") and original(place, data)
-    )
-    monkeypatch.setattr(parts, "delete_parts", lambda place: None)
-    index_shards(url)
-    monkeypatch.undo()
-    index_shards(url)
-    assert storage.read(f"{url}/index.json") == wanted
-    assert verify_shards(url) == []
-
-
-def test_names_in_one_shard_and_numbers_in_another(tmp_path: Path) -> None:
-    url = f"file://{tmp_path}"
-    labelled(url, [b"3", b"4"], "0.tar")
-    labelled(url, [b"cat", b"dog"], "1.tar")
-    with pytest.raises(ConfigError, match=r"labels are names in 1\.tar \(cat\), numbers in 0\.tar; --label none"):
-        index_shards(url)
-
-
-def test_texts_about_images_are_no_classes(tmp_path: Path) -> None:
-    url = put(
-        f"file://{tmp_path}",
-        [m for i in range(120) for m in ((f"{i}.png", image()), (f"{i}.txt", b"a cat, no. %d" % i))],
-    )
-    with pytest.raises(ConfigError, match=r"labels: 120 different ones for 120 samples .* are no classes"):
-        index_shards(url, Reading(label="txt"))
-
-
-def test_sparse_numbers_are_kept_or_renumbered(tmp_path: Path) -> None:
-    url = f"file://{tmp_path}"
-    labelled(url, [b"3000", b"5"], "0.tar")
-    labelled(url, [b"17", b"5"], "1.tar")
-    assert index_shards(url, Reading(sparse="keep")).num_classes == 3001
-    assert labels_of(url) == [3000, 5, 17, 5]
-    storage.delete(f"{url}/index.json")
-    assert index_shards(url, Reading(sparse="renumber")).schema.class_names == ("5", "17", "3000")
-    assert labels_of(url) == [2, 0, 1, 0]
-    assert verify_shards(url) == []
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["file,class\nd/0.png,cat\nd/1.png,dog\n", "key,class\nd/0,cat\nd/1,dog\n", '{"d/0.png": "cat", "d/1.png": "dog"}'],
-)
-def test_labels_from_a_file(tmp_path: Path, text: str) -> None:
-    file = tmp_path / ("labels.json" if text.startswith("{") else "labels.csv")
-    file.write_text(text)
-    url = put(f"file://{tmp_path}/set", [("d/0.png", image()), ("d/1.png", image(1))])
-    index = index_shards(url, Reading(labels=str(file)))
-    assert index.schema.class_names == ("cat", "dog")
-    assert labels_of(url) == [0, 1]
-    storage.delete(f"{url}/index.json")
-    file.write_text(text.replace("cat", "eel"))  # another question than before
-    assert index_shards(url, Reading(labels=str(file))).schema.class_names == ("dog", "eel")
-    storage.delete(f"{url}/index.json")
-    file.write_text(text.replace("d/1", "d/7"))
-    with pytest.raises(ConfigError, match=r"labels\..*: has no class for d/1\.png \(in 0\.tar\)"):
-        index_shards(url, Reading(labels=str(file)))
 
 
 def test_the_index_of_a_set_that_can_not_be_written_to(tmp_path: Path) -> None:
@@ -649,3 +331,14 @@ def test_links_below_a_set_are_followed_and_what_can_not_be_read_is_an_error(
     monkeypatch.setattr(os, "scandir", without_rights)
     with pytest.raises(AccessError, match="Permission denied"):
         storage.list_objects(url)
+
+
+def test_sets_without_doubt_keep_the_indexes_of_0_1_0(tmp_path: Path) -> None:
+    url, foreign = f"file://{tmp_path}/own", f"file://{tmp_path}/others"
+    index = write_set(url, [5, 9, 2], extension="npy")
+    assert index.content_id == "17389b21f03aa66316e92d62843d71c1"
+    assert hashlib.sha256(storage.read(f"{url}/index.json")).hexdigest()[:16] == "d5aee0ff326dd3a1"
+    for shard in index.shards:
+        storage.publish(f"{foreign}/sub/{shard.name}", storage.read(f"{url}/{shard.name}"))
+    assert index_shards(foreign).content_id == "4b2f4392576bff2f05eaf7a03f648e90"
+    assert hashlib.sha256(storage.read(f"{foreign}/index.json")).hexdigest()[:16] == "f280ac97f48bb96e"
