@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ddpm_dist.snapshot.folder import (
         INDEX as INDEX,
         build as build,
+        check_folder as check_folder,
         diffusion_in as diffusion_in,
         load_info as load_info,
         load_snapshot as load_snapshot,
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
 __all__, _named = lazily(
     __name__,
     fitting="Task changes fit",
-    folder="INDEX build diffusion_in load_info load_snapshot network_in notes_on save_snapshot snapshot_id",
+    folder="INDEX build check_folder diffusion_in load_info load_snapshot network_in notes_on save_snapshot "
+    "snapshot_id",
     foreign="Foreign in_cache read_file read_folder read_npz",
     told="Told",
     recipes="check_describable keys_of_network keys_of_process network_of open_keys_of reconcile",

@@ -203,8 +203,20 @@ def snapshot_id(url: str) -> str:
     return _sha256(_json({"files": sums, "null_label": info["null_label"]}))
 
 
+FILES = (".bin", ".ckpt", ".npz", ".pt", ".pth", ".safetensors")
+"""Endings of files of weights."""
+
+
+def check_folder(url: str) -> str:
+    """The URL itself; SnapshotError if it is that of a file of weights."""
+    if url.lower().endswith(FILES):
+        raise SnapshotError(f"{storage.redact(url)}: a file and no snapshot; ddpm-convert makes one of it")
+    return url
+
+
 def read_index(url: str) -> dict[str, Any]:
     """model_index.json; SnapshotError if there is none, as then the folder is not a (whole) snapshot."""
+    check_folder(url)
     try:
         data = storage.read(storage.join(url, INDEX))
     except NotFoundError:

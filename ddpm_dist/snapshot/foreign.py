@@ -15,7 +15,7 @@ from ddpm_dist.errors import ConfigError, NotFoundError, SnapshotError
 from ddpm_dist.models import UNet, UNetConfig
 from ddpm_dist.snapshot.files import parse_file, parse_json, read_weights, what_is_in
 from ddpm_dist.snapshot.folder import empty
-from ddpm_dist.snapshot.layouts import LAYOUTS, OTHERS, PROCESS, Layout, split_heads, structure
+from ddpm_dist.snapshot.layouts import LAYOUTS, OTHERS, PESSER, PROCESS, Layout, split_heads, structure
 from ddpm_dist.snapshot.names import from_official, load_into, modern_names
 from ddpm_dist.snapshot.recipes import keys_of_network, network_of
 from ddpm_dist.snapshot.scheduler import from_diffusers
@@ -111,12 +111,16 @@ def _process_in(url: str, told: Told, network: UNetConfig, read: Callable[[str],
     return GaussianDiffusion.from_config(told.config_of(facts, PROCESS, False, url).diffusion)
 
 
+OFFICIAL = {key: value for key, value in PESSER.tells.items() if key != "model.norm_groups"}
+"""What the official code's network always is: the one that pesser's is, but for groups, which small ones vary."""
+
+
 def read_npz(url: str, told: Told) -> Foreign:
     """The official code's variables as an .npz; what they don't tell comes from the recipe."""
     place = storage.redact(url)
     if told.recipe is None:
         raise ConfigError(f"--config: {place} doesn't say what network it is; give its recipe, such as cifar10")
-    cfg = told.config_of({}, (), False, url)
+    cfg = told.config_of(OFFICIAL, (), False, url)
     network, kind = network_of(cfg), told.weights or "ema"
     unet = empty(network)
     try:

@@ -62,6 +62,12 @@ def resolve(cfg: Config) -> Config:
     told |= snapshot.keys_of_process(origin.task.diffusion)
     if origin.task.classes is not None and "num_classes" not in cfg.model.model_fields_set:
         told["model.num_classes"] = origin.task.classes
+    unknown = sorted({*cfg.run.init_changes} - told.keys())
+    if unknown:
+        raise ConfigError(f"run.init_changes: {unknown[0]} is not among what is compared: {', '.join(sorted(told))}")
+    if origin.manifest is None:
+        for note in snapshot.notes_on(origin.url):
+            log.info("run.init_from: not kept: %s", note)
     resolved = snapshot.reconcile(cfg, told, origin.place, cfg.run.init_changes)
     changes = snapshot.changes(origin.task, task_of(resolved))
     for change in changes:
@@ -81,6 +87,7 @@ def find_origin(url: str) -> str:
 
     Of a run that has both, the state is taken. Raises ConfigError if there is neither.
     """
+    snapshot.check_folder(url)
     if any(storage.exists(storage.join(url, name)) for name in (MANIFEST, snapshot.INDEX)):
         return url
     found = newest_state(url) or newest_snapshot(url)

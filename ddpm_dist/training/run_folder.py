@@ -26,6 +26,7 @@ from ddpm_dist import storage
 from ddpm_dist.config import Config
 from ddpm_dist.errors import AccessError, ClaimError, ConfigError, NotFoundError, StorageError
 from ddpm_dist.recipe import differences, dump_config, parse_config
+from ddpm_dist.snapshot import check_folder
 from ddpm_dist.state import newest_state, read_manifest
 
 log = logging.getLogger(__name__)
@@ -244,7 +245,7 @@ def newest_snapshot(run_url: str) -> str | None:
 
 def snapshot_at(url: str) -> str:
     """What a URL means where a snapshot is asked for: itself, or the newest one of a run's folder."""
-    if storage.exists(storage.join(url, "model_index.json")):
+    if storage.exists(storage.join(check_folder(url), "model_index.json")):
         return url
     return newest_snapshot(url) or url
 

@@ -178,3 +178,13 @@ def test_a_file_of_another_program_becomes_a_snapshot(tmp_path, capsys):
     assert "UNet2DModel has no number of attention heads" in info["not_portable_because"]
     with pytest.raises(Exception, match=r"DdpmDist|ddpm_dist"):
         DDPMPipeline.from_pretrained(tmp_path / "c")
+
+
+def test_a_recipe_that_the_official_code_never_had_is_refused(recipe, tmp_path):
+    """Its variables fit by name and shape whatever the recipe says of sinusoids and padding."""
+    unet = random_unet(tiny_config())
+    publish_npz(f"file://{tmp_path}/a.npz", official_variables(unet.state_dict(), unet.config))
+    for said in ("model.norm_eps=1e-5", "model.sinusoids=cos_sin", "model.freq_shift=0", "model.downsample_padding=1",
+                 "model.head_channels=8"):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"{said.partition('=')[0]}: .* there, .* was said"):
+            main([f"file://{tmp_path}/a.npz", f"file://{tmp_path}/b", "--config", recipe, "--weights", "raw", said])

@@ -13,7 +13,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from ddpm_dist import snapshot, storage
 from ddpm_dist.diffusion.gaussian import GaussianDiffusion
 from ddpm_dist.diffusion.schedules import make_betas
-from ddpm_dist.errors import ConfigError
+from ddpm_dist.errors import ConfigError, SnapshotError
 from ddpm_dist.recipe import dump_config, parse_config
 from ddpm_dist.snapshot.fitting import Task, changes, fit
 from ddpm_dist.training.branch import resolve, task_of
@@ -134,6 +134,15 @@ def test_a_network_that_no_recipe_describes_is_refused(tmp_path):
     snapshot.save_snapshot(f"file://{tmp_path}/a", unet, unet.config, GaussianDiffusion(LINEAR), {})
     with pytest.raises(ConfigError, match=r"no recipe describes its network.*\n.*add_attention: False there"):
         resolve(recipe(tmp_path, f"file://{tmp_path}/a"))
+
+
+def test_changes_that_are_none_and_files_are_refused(tmp_path):
+    url = ours(tmp_path / "a")
+    with pytest.raises(ConfigError, match=r"init_changes: model\.hats is not among what is compared: data\.channels"):
+        resolve(recipe(tmp_path, url, "", "", "run.init_changes=[model.hats]"))
+    (tmp_path / "weights.pt").write_bytes(b"")
+    with pytest.raises(SnapshotError, match=r"weights\.pt: a file and no snapshot; ddpm-convert"):
+        resolve(recipe(tmp_path, f"file://{tmp_path}/weights.pt"))
 
 
 def test_changes_without_an_origin_are_refused(tmp_path):

@@ -6,7 +6,8 @@ from ddpm_dist.snapshot.layouts import diffusers, openai, pesser, w86763777
 from ddpm_dist.snapshot.layouts.base import PROCESS, Layout, Weights, structure
 from ddpm_dist.snapshot.layouts.openai import split_heads
 
-LAYOUTS = (pesser.LAYOUT, w86763777.LAYOUT, openai.LAYOUT, diffusers.LAYOUT)
+PESSER = pesser.LAYOUT
+LAYOUTS = (PESSER, w86763777.LAYOUT, openai.LAYOUT, diffusers.LAYOUT)
 
 OTHERS = {
     "init_conv.weight": "lucidrains' denoising-diffusion-pytorch (RMSNorm, a 7×7 stem, linear attention)",
@@ -20,4 +21,4 @@ OTHERS = {
 }
 """A parameter of other networks -> whose it is; this program's network isn't theirs."""
 
-__all__ = ["LAYOUTS", "OTHERS", "PROCESS", "Layout", "Weights", "split_heads", "structure"]
+__all__ = ["LAYOUTS", "OTHERS", "PESSER", "PROCESS", "Layout", "Weights", "split_heads", "structure"]
