@@ -21,7 +21,7 @@ from ddpm_dist import cli, storage
 from ddpm_dist.commands import sample as sampling_command
 from ddpm_dist.config import Config
 from ddpm_dist.errors import EvaluationError, NotFoundError
-from ddpm_dist.evaluation import Order, job, write_report
+from ddpm_dist.evaluation import Order, check_used, instead, job, write_report
 from ddpm_dist.evaluation.follow import follow
 from ddpm_dist.recipe import load_config, parse_config
 from ddpm_dist.sampling.job import load_manifest
@@ -100,6 +100,8 @@ def make_order(args: argparse.Namespace, cfg: Config) -> Order:
     names = cfg.evaluation.metrics
     if args.metrics is not None:
         names = tuple(name.strip() for name in args.metrics.split(","))
+    given = dict(_network(text) for text in args.network)
+    check_used(given, names)
     return Order(
         samples=args.samples,
         snapshot=args.snapshot,
@@ -107,7 +109,7 @@ def make_order(args: argparse.Namespace, cfg: Config) -> Order:
         reference=args.reference,
         held_out=args.held_out,
         metrics=names,
-        networks={**cfg.evaluation.networks, **dict(_network(text) for text in args.network)},
+        networks={**cfg.evaluation.networks, **given},
         num_samples=args.num_samples or (cfg.evaluation.num_samples if args.snapshot else None),
         seed=args.seed,
         labels=args.labels,
@@ -154,10 +156,9 @@ def _config(args: argparse.Namespace) -> Config:
         snapshot = manifest.snapshot if manifest else None
     if snapshot is None:
         if args.samples:
-            missing = "no manifest of a sampling job" if storage.list_names(args.samples) else "nothing"
             raise EvaluationError(
-                f"--samples {storage.redact(args.samples)}: {missing} is there; ddpm-sample draws samples; for "
-                "images from elsewhere give the recipe as well, by --config FILE"
+                f"--samples {storage.redact(args.samples)}: no manifest of a sampling job is there"
+                f"{instead(args.samples)}; for images from elsewhere give the recipe as well, by --config FILE"
             )
         raise EvaluationError("give --samples URL or --snapshot URL, or --config FILE")
     return sampling_command.stored_config(snapshot, args.overrides)

@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -97,7 +98,7 @@ def make_orders(args: argparse.Namespace, cfg: Config, snapshots: Sequence[str])
             for key, value in point:
                 apply_override(values, f"{key}={value}")
             sampling = validate(values, "--sweep").sampling
-            name = "-".join(f"{key.rpartition('.')[2]}={value}" for key, value in point)
+            name = "-".join(f"{key.rpartition('.')[2]}={_in_name(value)}" for key, value in point)
             out = _out(args, cfg, url)
             if len(snapshots) > 1:
                 out = storage.join(out, url.rstrip("/").rpartition("/")[2])
@@ -209,13 +210,19 @@ def _out(args: argparse.Namespace, cfg: Config, url: str) -> str:
     return storage.join(cfg.run.url, "samples", f"{step}-seed{args.seed}")
 
 
+def _in_name(value: str) -> str:
+    """A swept value in a folder's name: `0..500` for a list."""
+    return value.strip("[]").replace(" ", "").replace(",", "..")
+
+
 def _axis(text: str) -> list[tuple[str, str]]:
     key, equals, values = text.partition("=")
     if not equals or not key.startswith("sampling."):
         raise SamplingError(f"--sweep {text}: expected sampling.key=value,value, such as sampling.steps=10,50,100")
-    if not all(values.split(",")):
+    listed = re.split(r",(?![^\[]*\])", values)  # at the commas outside lists, such as [0,500]
+    if not all(listed):
         raise SamplingError(f"--sweep {text}: an empty value")
-    return [(key, value) for value in values.split(",")]
+    return [(key, value) for value in listed]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING
 from ddpm_dist.lazy import lazily
 
 if TYPE_CHECKING:
-    from ddpm_dist.evaluation.order import Order as Order
+    from ddpm_dist.evaluation.order import Order as Order, check_used as check_used
     from ddpm_dist.evaluation.report import write_report as write_report
+    from ddpm_dist.evaluation.samples import instead as instead
 
 __all__, _named = lazily(
     __name__,
     modules="follow job",
-    order="Order",
+    order="Order check_used",
     report="write_report",
+    samples="instead",
 )
 if not TYPE_CHECKING:
     __getattr__ = _named

@@ -14,10 +14,10 @@ from ddpm_dist.cluster import ActorPool, Failed
 from ddpm_dist.data import DataIndex, iterate, load_index
 from ddpm_dist.errors import DdpmDistError, EvaluationError, UnreachableError
 from ddpm_dist.evaluation import metrics, statistics
-from ddpm_dist.evaluation.distances import frechet
 from ddpm_dist.evaluation.features import FeatureNetwork, open_network
+from ddpm_dist.evaluation.given import load_given
 from ddpm_dist.evaluation.metrics import Metric, Reference
-from ddpm_dist.evaluation.moments import Summary
+from ddpm_dist.evaluation.moments import KEPT, Summary
 from ddpm_dist.evaluation.order import BITS_PER_DIM, Order, network_specs
 from ddpm_dist.evaluation.worker import LikelihoodTask, NearestTask, SetPart, SummaryTask
 from ddpm_dist.progress import Progress, counted
@@ -36,6 +36,8 @@ class Comparison:
     wanted: Sequence[Metric]
     given: Reference | None
     """The statistics that order.reference names."""
+    is_named: bool
+    """Whether they say of which network they are."""
     specs: Mapping[str, str]
     networks: Mapping[str, FeatureNetwork]
     keep: int
@@ -52,26 +54,30 @@ class Comparison:
         number = max(1, min(-(-count // PART_IMAGES), 4 * self.most_workers))
         return [SetPart(url, (k, number), self.size, self.channels) for k in range(number)]
 
-    def references(self, data: DataIndex | None) -> dict[str, Reference]:
-        """The given one; else stored ones where they are, and what is missing computed and stored."""
+    def references(self, data: DataIndex | None, count: int) -> dict[str, Reference]:
+        """The given one; else stored ones where they are, and what is missing computed and stored.
+
+        count: of samples, whose floor is wanted.
+        """
         if self.given is not None:
             return dict.fromkeys(self.networks, self.given)
         assert data is not None
         urls = {
-            name: statistics.statistics_url(data.url, data.content_id, self.size, self.channels, network, self.keep)
+            name: statistics.statistics_url(data.url, data.content_id, self.size, self.channels, network, KEPT)
             for name, network in self.networks.items()
         }
         stored = {name: statistics.load(url) for name, url in urls.items()}
-        found: dict[str, Reference] = {name: summary for name, summary in stored.items() if summary is not None}
+        found = {name: summary for name, summary in stored.items() if summary is not None}
         missing = [name for name in self.networks if name not in found]
         if missing:
             made = self.summaries(data.url, data.num_samples, halves=True, only=missing)
             for name, summary in made.items():
-                if min(part.count for part in summary.parts) > 1:
-                    summary.floor = frechet(*summary.parts)
-                statistics.save(urls[name], summary)
-            found |= made
-        return found
+                statistics.save(urls[name], summary, self.networks[name], self.shape, data.content_id)
+                found[name] = summary
+        for name, summary in found.items():
+            if min(part.count for part in summary.parts) > 1:
+                summary.floor, summary.floor_counts = statistics.floor_of(urls[name], summary, count)
+        return dict(found)
 
     def summaries(
         self, url: str, count: int, *, halves: bool, limit: int = EVERYTHING, only: Sequence[str] | None = None
@@ -79,7 +85,8 @@ class Comparison:
         """{network: summary} of a set, merged as its parts come in."""
         names = list(self.networks if only is None else only)
         specs = {self.specs[name]: name for name in names}
-        tasks = [SummaryTask(part, tuple(specs), halves, self.keep, limit) for part in self.parts(url, count)]
+        keep = KEPT if halves else self.keep
+        tasks = [SummaryTask(part, tuple(specs), halves, keep, limit) for part in self.parts(url, count)]
         whole: dict[str, Summary] = {}
         with Progress(f"features of {storage.redact(url)}", "image", min(count, limit)) as progress:
             for outcome in self.pool.map(tasks):
@@ -108,11 +115,14 @@ def prepare(order: Order, pool: ActorPool, most_workers: int, shape: tuple[int, 
     wanted = metrics.parse(name for name in order.metrics if name != BITS_PER_DIM)
     specs = network_specs(wanted, order.networks)
     networks = open_networks(order, shape)
-    given = statistics.load_given(order.reference, size) if order.reference is not None else None
+    given, is_named = None, True
+    if order.reference is not None:
+        compared = {m.network: networks[m.network] for m in wanted if m.kind != "is"}
+        given, is_named = load_given(order.reference, shape, compared)
     for metric in wanted:
         metrics.check(metric, networks[metric.network], given)
-    keep = metrics.KEPT if any(metric.kind in metrics.NEEDS_KEPT for metric in wanted) else 0
-    return Comparison(pool, most_workers, wanted, given, specs, networks, keep, size, channels)
+    keep = KEPT if any(metric.kind in metrics.NEEDS_KEPT for metric in wanted) else 0
+    return Comparison(pool, most_workers, wanted, given, is_named, specs, networks, keep, size, channels)
 
 
 def open_networks(order: Order, shape: tuple[int, int]) -> dict[str, FeatureNetwork]:

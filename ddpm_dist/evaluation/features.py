@@ -10,9 +10,11 @@ A result is named after the network; only `inception` with the known weights mak
 
 import hashlib
 import io
+import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import safetensors.torch
@@ -27,6 +29,7 @@ from ddpm_dist.evaluation import inception
 BATCH = 64
 MAX_PIXEL_FEATURES = 4096
 LITE0_SIDES = (64, 224)
+TENSORFLOW = "tensorflow"
 INCEPTION_SHA256_PREFIX = "6726825d"
 
 
@@ -51,6 +54,8 @@ class FeatureNetwork(ABC):
     spatial_dim: int = 0
     resize: str
     """The resize, in words, for the result."""
+    smooths_above: int | None = None
+    """Sides in pixels above which it resizes with an antialiasing filter where the reference tools don't."""
     hash: str
     """12 hex digits of weights and preprocessing: the key of stored statistics."""
 
@@ -133,7 +138,8 @@ class Lite0(FeatureNetwork):
 class Inception(FeatureNetwork):
     """FID's network. weights_url: pt_inception-2015-12-05-6726825d.pth, or the same as safetensors.
 
-    Other weights than those must be named by their hash (`URL#sha256=HEX`); then the result is not called FID.
+    Other weights than those must be named by their hash (`URL#sha256=HEX`); then the result is not called FID. Above
+    299 px, `URL#resize=tensorflow` resizes as the original graph does, which takes single pixels out of large images.
     """
 
     dim = inception.FEATURES
@@ -142,7 +148,20 @@ class Inception(FeatureNetwork):
     resize = "TensorFlow 1 bilinear to 299 px (antialiased bilinear above 299 px)"
 
     def __init__(self, weights_url: str, device: torch.device | str = "cpu") -> None:
-        weights, sha256, asserted = _fetch("inception", weights_url)
+        weights, sha256, options = _fetch("inception", weights_url, ("resize",))
+        asserted = "sha256" in options
+        if _is_script(weights):
+            raise EvaluationError(
+                f"inception: {storage.redact(weights_url)} is a TorchScript module, as is NVIDIA's "
+                "inception-2015-12-05.pt; give it a name of its own: --network nvidia=URL and metrics such as "
+                "frechet_nvidia"
+            )
+        self._antialias = options.get("resize") != TENSORFLOW
+        if options.get("resize", TENSORFLOW) != TENSORFLOW:
+            raise EvaluationError(f"inception: #resize={options['resize']}: only #resize={TENSORFLOW} is known")
+        if not self._antialias:
+            self.resize = "TensorFlow 1 bilinear to 299 px"
+        self.smooths_above = inception.SIDE if self._antialias else None
         known = sha256.startswith(INCEPTION_SHA256_PREFIX)
         if not known and not asserted:
             raise EvaluationError(
@@ -162,7 +181,7 @@ class Inception(FeatureNetwork):
         self.hash = _digest(weights, self.resize)
 
     def _batch(self, images: Tensor) -> Output:
-        x = inception.resize_like_tensorflow(_rgb(images).to(self._device).float())
+        x = inception.resize_like_tensorflow(_rgb(images).to(self._device).float(), antialias=self._antialias)
         return Output(*self._network((x - 128) / 128))
 
 
@@ -174,7 +193,10 @@ class Script(FeatureNetwork):
     def __init__(self, name: str, url: str, device: torch.device | str = "cpu") -> None:
         code, _, _ = _fetch(name, url)
         try:
-            self._network: Callable[[Tensor], Tensor] = torch.jit.load(io.BytesIO(code), map_location=device).eval()
+            module = torch.jit.load(io.BytesIO(code), map_location=device).eval()
+            # NVIDIA's Inception gives class probabilities unless it is asked for features.
+            asks = any(argument.name == "return_features" for argument in module.forward.schema.arguments)
+            self._network: Callable[[Tensor], Tensor] = partial(module, return_features=True) if asks else module
             probe = self._network(torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device))
             if not isinstance(probe, Tensor) or probe.ndim != 2:
                 raise ValueError(f"it returns {getattr(probe, 'shape', type(probe))}, not [B, D]")
@@ -213,18 +235,29 @@ def _rgb(images: Tensor) -> Tensor:
     return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
 
-def _fetch(name: str, url: str) -> tuple[bytes, str, bool]:
-    """(bytes, SHA-256, whether the user named that hash) of `URL` or `URL#sha256=HEX`."""
-    place, _, wanted = url.partition("#sha256=")
+def _fetch(name: str, url: str, known: Sequence[str] = ()) -> tuple[bytes, str, dict[str, str]]:
+    """(bytes, SHA-256, options) of `URL` or `URL#key=value&key=value`: sha256, which must be the file's, and others."""
+    place, _, fragment = url.partition("#")
     shown = f"{name}: {storage.redact(place)}"
+    options = dict(part.partition("=")[::2] for part in fragment.split("&") if part)
+    for key in options.keys() - {"sha256", *known}:
+        raise EvaluationError(f"{shown}: #{key} means nothing here; there are {', '.join(('sha256', *known))}")
     try:
         data = storage.read(place)
     except NotFoundError:
         raise EvaluationError(f"{shown}: not found; --network {name}=URL names the file of the weights") from None
-    sha256 = hashlib.sha256(data).hexdigest()
-    if wanted and sha256 != wanted.lower():
+    sha256, wanted = hashlib.sha256(data).hexdigest(), options.get("sha256")
+    if wanted is not None and sha256 != wanted.lower():
         raise EvaluationError(f"{shown}: its SHA-256 is {sha256}, not {wanted}; is it another file?")
-    return data, sha256, bool(wanted)
+    return data, sha256, options
+
+
+def _is_script(data: bytes) -> bool:
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return False
 
 
 def _state_dict(data: bytes, url: str) -> dict[str, Tensor]:

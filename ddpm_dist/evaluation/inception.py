@@ -182,13 +182,13 @@ class FidInception(nn.Module):
         return features, features @ self.fc.weight.T, spatial
 
 
-def resize_like_tensorflow(x: Tensor, side: int = SIDE) -> Tensor:
+def resize_like_tensorflow(x: Tensor, side: int = SIDE, antialias: bool = True) -> Tensor:
     """Bilinear, as TensorFlow 1's `resize_bilinear` in the graph: pixel i of the result lies at i · H / side.
 
     x: [B, C, H, W] float. Sizes above `side` are first brought down to it with an antialiased filter, which the
-    graph would not do (Parmar et al. 2022, arXiv 2104.11222).
+    graph would not do (Parmar et al. 2022, arXiv 2104.11222), and doesn't without `antialias`.
     """
-    if max(x.shape[2:]) > side:
+    if antialias and max(x.shape[2:]) > side:
         return F.interpolate(x, (side, side), mode="bilinear", align_corners=False, antialias=True)
     for dim in (2, 3):
         size = x.shape[dim]

@@ -26,11 +26,11 @@ from ddpm_dist.evaluation.result import (
     publish,
     read_result,
     unkept,
-    warnings,
 )
 from ddpm_dist.evaluation.samples import count_of, sample_index, shape_of
+from ddpm_dist.evaluation.warnings import floors_of, warnings
 from ddpm_dist.evaluation.worker import EvaluationWorker
-from ddpm_dist.sampling import job as sampling_job
+from ddpm_dist.sampling import duplicates_in, job as sampling_job
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def _evaluate(
     count = question.count
     data = load_index(order.data) if order.data else None
     networks = compare.networks
-    references = compare.references(data) if compare.wanted else {}
+    references = compare.references(data, count) if compare.wanted else {}
     own = compare.summaries(samples, index.num_samples, halves=False, limit=count) if compare.wanted else {}
     values: dict[str, dict[str, float]] = {}
     for metric in compare.wanted:
@@ -149,7 +149,9 @@ def _evaluate(
         result["grid"] = _copy_grid(order.out, result["name"], samples)
     if order.nearest and data is not None:
         result["nearest"] = nearest(order, compare, samples, data, result["name"])
-    result["warnings"] = warnings(manifest, count, data, networks, compare.size)
+    result["reference"]["floors"] = floors_of(references)
+    result["duplicates"] = None if manifest is None else duplicates_in(samples, manifest, count)
+    result["warnings"] = warnings(order, result, manifest, data, compare)
     result["workers"] = compare.pool.alive
     result["seconds"] = round(time.monotonic() - began, 3)
     result["sampling_seconds"] = None if sampling_seconds is None else round(sampling_seconds, 3)

@@ -6,21 +6,19 @@
     prdc      precision, recall, density, coverage
     sfid      Fréchet distance of spatial features, of Inception
 
-Beside each stands its floor: the same metric between two disjoint halves of the reference.
+Beside each stands its floor: the same metric between disjoint parts of the reference, at the number of samples of the
+value where the reference has twice as many.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from ddpm_dist.errors import EvaluationError
 from ddpm_dist.evaluation import distances
 from ddpm_dist.evaluation.features import FeatureNetwork
-from ddpm_dist.evaluation.moments import Summary
+from ddpm_dist.evaluation.given import Given
+from ddpm_dist.evaluation.moments import KEPT, Summary
 
-KEPT = 10_000
-"""Features kept of each set for the metrics that compare single images."""
 MIN_HALF = 50
 ALIASES = {
     "fid": "frechet_inception",
@@ -49,16 +47,6 @@ class Metric:
 
     def __str__(self) -> str:
         return f"{self.kind}_{self.network}"
-
-
-@dataclass(frozen=True)
-class Given:
-    """Mean and covariance from somebody's statistics file, whose images are not there."""
-
-    mean: Tensor
-    covariance: Tensor
-    count: int = 2**31
-    """Unknown in those files; large, since they describe whole data sets."""
 
 
 Reference = Summary | Given
@@ -98,7 +86,7 @@ def check(metric: Metric, network: FeatureNetwork, given: Reference | None) -> N
     images_kept = isinstance(given, Summary) and len(given.kept.features)
     if metric.kind in NEEDS_KEPT and not images_kept:
         raise EvaluationError(f"{name}: needs the reference's images, not only their mean; give --data")
-    if metric.kind == "sfid" and (isinstance(given, Given) or given.spatial is None):
+    if metric.kind == "sfid" and given.spatial is None:
         raise EvaluationError(f"{name}: the reference has no spatial features; give --data")
 
 
@@ -116,7 +104,6 @@ def _frechet(network: FeatureNetwork, samples: Summary, reference: Reference) ->
 
 
 def _sfid(network: FeatureNetwork, samples: Summary, reference: Reference) -> Values:
-    assert isinstance(reference, Summary)
     assert samples.spatial is not None
     assert reference.spatial is not None
     return {"sfid": distances.frechet(samples.spatial, reference.spatial)}
@@ -148,9 +135,9 @@ def _prdc(network: FeatureNetwork, samples: Summary, reference: Reference) -> Va
     real = reference.kept.features
     found = distances.prdc(real, samples.kept.features)
     values = {f"{name}_{network.name}": value for name, value in found.items()}
-    half = len(real) // 2
-    if half >= MIN_HALF:
-        floors = distances.prdc(real[:half], real[half:])
+    apart = min(len(samples.kept.features), len(real) // 2)  # they depend on the number of samples
+    if apart >= MIN_HALF:
+        floors = distances.prdc(real[apart:], real[:apart])
         values |= {f"{name}_{network.name}_floor": value for name, value in floors.items()}
     return values
 

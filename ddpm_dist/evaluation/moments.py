@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ddpm_dist import rng
 
+KEPT = 10_000
+"""Features kept of a set, for the metrics that compare single images and for floors."""
 _HALVES_SEED, _KEPT_SEED = 1, 2
 
 
@@ -51,6 +53,10 @@ class Moments:
 
     def __add__(self, other: "Moments") -> "Moments":
         return Moments(self.count + other.count, self.total + other.total, self.outer + other.outer)
+
+    def __sub__(self, other: "Moments") -> "Moments":
+        """Of the vectors without those of a part."""
+        return Moments(self.count - other.count, self.total - other.total, self.outer - other.outer)
 
     @property
     def mean(self) -> Tensor:
@@ -140,7 +146,10 @@ class Summary:
     spatial: Moments | None = None
     """Of the spatial features of sFID, where the network has them."""
     floor: float | None = None
-    """Fréchet distance of the halves, once it has been computed: it takes as long as the distance itself."""
+    """Fréchet distance of two disjoint parts of a reference (`apart`), once it has been computed."""
+
+    floor_counts: tuple[int, int] | None = None
+    """Images on its both sides."""
 
     @classmethod
     def empty(
@@ -164,6 +173,16 @@ class Summary:
     @property
     def count(self) -> int:
         return sum(part.count for part in self.parts)
+
+    def apart(self, count: int) -> tuple[Moments, Moments]:
+        """Two disjoint parts of a reference: so many images and all others, or its halves where that can't be.
+
+        What the distance between them is for, the floor of a distance of so many samples, depends on their number.
+        """
+        if count > min(len(self.kept.features), self.count // 2) or count < 2:
+            return self.parts[0], self.parts[1]
+        chosen = Moments.of(self.kept.features[:count])
+        return chosen, self.moments - chosen
 
     def add(self, features: Tensor, first: int, logits: Tensor | None = None, spatial: Tensor | None = None) -> None:
         """Images first, first + 1, … of the set."""
@@ -211,8 +230,6 @@ def to_arrays(summary: Summary) -> dict[str, np.ndarray]:
         "kept_priorities": summary.kept.priorities.numpy(),
         "kept_features": summary.kept.features.numpy(),
     }
-    if summary.floor is not None:
-        arrays["floor"] = np.array(summary.floor)
     if summary.score is not None:
         arrays |= {f"score_{name}": getattr(summary.score, name).numpy() for name in _SCORE_FIELDS}
     if summary.spatial is not None:
@@ -235,7 +252,6 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> Summary:
         Moments(int(tensors["spatial_count"]), tensors["spatial_total"], tensors["spatial_outer"])
         if "spatial_count" in tensors
         else None,
-        float(tensors["floor"]) if "floor" in tensors else None,
     )
 
 

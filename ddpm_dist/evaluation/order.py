@@ -1,6 +1,6 @@
 """What an evaluation is asked for, and whether that can be done."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ddpm_dist.config import SamplingConfig
@@ -8,6 +8,7 @@ from ddpm_dist.errors import EvaluationError
 from ddpm_dist.evaluation import metrics
 
 BITS_PER_DIM = "bits_per_dim"
+BUILT_IN = ("pixel", "lite0")
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,26 @@ def check_metrics(names: Sequence[str], networks: Mapping[str, str]) -> None:
     network_specs(metrics.parse(name for name in names if name != BITS_PER_DIM), networks)
 
 
+def check_used(given: Iterable[str], names: Sequence[str]) -> None:
+    """EvaluationError for a network that was given and that none of the metrics uses: a word without effect."""
+    used = {metric.network for metric in metrics.parse(name for name in names if name != BITS_PER_DIM)}
+    for network in given:
+        if network not in used:
+            raise EvaluationError(
+                f"--network {network}: no metric uses it; they are {', '.join(names)}. Name it in --metrics, such as "
+                f"frechet_{network}"
+            )
+
+
 def network_specs(wanted: Sequence[metrics.Metric], urls: Mapping[str, str]) -> dict[str, str]:
     """{network name: what `open_network` reads}; EvaluationError if a network's weights are not named."""
+    for name in BUILT_IN:
+        if name in urls:
+            raise EvaluationError(f"evaluation.networks.{name}: {name} is built in, and takes no weights; leave it out")
     specs = {}
     for metric in wanted:
         name = metric.network
-        if name not in ("pixel", "lite0") and name not in urls:
+        if name not in BUILT_IN and name not in urls:
             raise EvaluationError(
                 f"evaluation.metrics: {metric.kind}_{name}: where are the weights of {name}? Give --network "
                 f"{name}=URL or evaluation.networks.{name}=URL (known without one: pixel, lite0)"

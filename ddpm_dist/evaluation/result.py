@@ -21,7 +21,6 @@ from ddpm_dist.sampling import Manifest
 
 log = logging.getLogger(__name__)
 
-LOSSY = ("jpeg", "webp")
 UNKEPT = "unkept"
 ENOUGH = 10_000
 """Samples below which published numbers of Fréchet distances are not comparable (their bias is large)."""
@@ -79,54 +78,6 @@ def _against(order: Order, data: DataIndex | None) -> str:
     if data is not None:
         return f"{data.num_samples}-of-{data.content_id[:8]}"
     return (order.reference or "").rpartition("/")[2].removesuffix(".npz")
-
-
-def warnings(
-    manifest: Manifest | None,
-    count: int,
-    data: DataIndex | None,
-    networks: Mapping[str, FeatureNetwork],
-    size: int,
-) -> list[str]:
-    """What makes these numbers incomparable with others."""
-    found = []
-    if count < ENOUGH:
-        found.append(
-            f"{count} samples are few: a Fréchet distance grows with fewer; papers use 50,000, at least {ENOUGH}"
-        )
-    for network in networks.values():
-        sizes = [count] if data is None else [count, data.num_samples // 2]
-        if min(sizes) <= network.dim:
-            found.append(
-                f"{network.name}: {min(sizes)} images (of samples or of a half of the reference) in {network.dim} "
-                "dimensions: the covariance is singular and the distance has a high floor"
-            )
-    if manifest is None:
-        found.append("the samples have no manifest: weights, sampler and duplicates are unknown")
-    elif manifest.kind != "ema":
-        found.append(_of_weights(manifest.kind))
-    if data is not None:
-        lossy = {name: number for name, number in data.schema.formats.items() if name in LOSSY}
-        if lossy:
-            found.append(f"the reference is lossy ({lossy}): its artefacts count as differences")
-        sides = {*data.schema.min_size, *data.schema.max_size} - {size}
-        if sides:
-            found.append(
-                f"the reference's images of {min(sides)} to {max(sides)} px were resized and cropped to {size} px, as "
-                "training does"
-            )
-    else:
-        found.append("no floor: the reference is a statistics file without images")
-    return found
-
-
-def _of_weights(kind: str | None) -> str:
-    """What weights that aren't the run's EMA mean for a distance."""
-    if kind is None:
-        return "it isn't known whether the weights are an average: those of raw ones are much larger"
-    if kind.startswith("power-"):
-        return f"the weights are another average, {kind}, not the run's EMA: compare those of one width"
-    return f"the weights are {kind}, not EMA: distances are much larger"
 
 
 def answer_url(folder: str, question: Question, subject: str) -> str | None:

@@ -6,6 +6,8 @@ from ddpm_dist.errors import EvaluationError, NotFoundError
 from ddpm_dist.evaluation.order import Order
 from ddpm_dist.sampling import Manifest, job as sampling_job
 
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
 
 def sample_index(url: str) -> DataIndex:
     """The index of a folder of samples; EvaluationError if there is none, or if a shard was lost or cut since."""
@@ -19,10 +21,7 @@ def sample_index(url: str) -> DataIndex:
                 f"--samples {place}: its sampling job has not finished; start ddpm-sample with the same arguments "
                 "again, it does what is missing"
             ) from None
-        raise EvaluationError(
-            f"--samples {place}: no samples are there; ddpm-sample draws them, and ddpm-shards index "
-            "indexes shards of another program"
-        ) from None
+        raise EvaluationError(f"--samples {place}: no samples are there{instead(url)}") from None
     there = storage.list_objects(url)
     lost = [shard.name for shard in index.shards if there.get(shard.name) != shard.bytes]
     if lost:
@@ -33,6 +32,17 @@ def sample_index(url: str) -> DataIndex:
             f"{remedy}"
         )
     return index
+
+
+def instead(url: str) -> str:
+    """What to do with what is there instead of a folder of sample shards."""
+    if url.endswith((".npz", ".zip", ".tar")):
+        kind = url.rpartition(".")[2]
+        return f"; ddpm-shards make {kind} FILE URL makes a set of them, for --samples"
+    names = storage.list_names(url)
+    if any(name.lower().endswith(_PICTURES) for name in names):
+        return " but image files; ddpm-shards make folder FOLDER URL makes a set of them, for --samples"
+    return "; ddpm-sample draws them, and ddpm-shards index indexes shards of another program"
 
 
 def shape_of(index: DataIndex, manifest: Manifest | None, samples: str) -> tuple[int, int]:

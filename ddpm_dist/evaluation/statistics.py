@@ -1,17 +1,17 @@
 """Statistics of a data set: computed once, stored under the set's content id and the network's hash, used again."""
 
 import io
+import json
 import logging
-import zipfile
-from collections.abc import Mapping
+import math
 
 import numpy as np
-import torch
 
 from ddpm_dist import storage
-from ddpm_dist.errors import EvaluationError, NotFoundError, StorageError
+from ddpm_dist.errors import NotFoundError, StorageError
+from ddpm_dist.evaluation.distances import frechet
 from ddpm_dist.evaluation.features import FeatureNetwork
-from ddpm_dist.evaluation.metrics import Given, Reference
+from ddpm_dist.evaluation.given import UNREADABLE, read_arrays
 from ddpm_dist.evaluation.moments import Summary, from_arrays, to_arrays
 
 log = logging.getLogger(__name__)
@@ -27,53 +27,55 @@ def statistics_url(
 
 
 def load(url: str) -> Summary | None:
-    """What `save` stored; None if there is nothing (or something that can't be read, which is said)."""
+    """What `save` stored; None if there is nothing (or something that can't be used, which is said)."""
     try:
-        return from_arrays(_arrays(storage.read(url)))
+        arrays = read_arrays(storage.read(url))
+        if not all(np.isfinite(array).all() for array in arrays.values()):
+            raise ValueError("it holds NaN or infinities")
+        return from_arrays(arrays)
     except NotFoundError:
         return None
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         log.warning("%s can't be read (%s) and is made anew", storage.redact(url), error)
         return None
 
 
-def save(url: str, summary: Summary) -> None:
-    """Stores a reference's summary; where the store refuses, the statistics are only not kept."""
+def save(url: str, summary: Summary, network: FeatureNetwork, shape: tuple[int, int], content_id: str) -> None:
+    """Stores a reference's summary and what it is of; where the store refuses, it is only not kept."""
+    said = {
+        "network": network.name,
+        "hash": network.hash,
+        "resize": network.resize,
+        "image_size": shape[0],
+        "channels": shape[1],
+        "content_id": content_id,
+        "num_samples": summary.count,
+    }
     buffer = io.BytesIO()
-    np.savez(buffer, **to_arrays(summary))  # type: ignore[arg-type]
+    about = np.frombuffer(json.dumps(said).encode(), np.uint8)
+    np.savez(buffer, about=about, **to_arrays(summary))  # type: ignore[arg-type]
+    _keep(url, buffer.getvalue())
+
+
+def floor_of(url: str, summary: Summary, count: int) -> tuple[float, tuple[int, int]]:
+    """Fréchet distance of `Summary.apart`, and the images on both sides; stored, as it takes as long as a distance."""
+    a, b = summary.apart(count)
+    place = f"{url.removesuffix('.npz')}-floor-{a.count}-{b.count}.json"
     try:
-        storage.publish(url, buffer.getvalue())
+        value = json.loads(storage.read(place))["frechet"]
+        if math.isfinite(value):
+            return float(value), (a.count, b.count)
+    except NotFoundError:
+        pass
+    except UNREADABLE as error:
+        log.warning("%s can't be read (%s) and is made anew", storage.redact(place), error)
+    value = frechet(a, b)
+    _keep(place, json.dumps({"frechet": value}).encode())
+    return value, (a.count, b.count)
+
+
+def _keep(url: str, data: bytes) -> None:
+    try:
+        storage.publish(url, data)
     except StorageError as error:
         log.warning("the statistics are not kept for the next time: %s", error)
-
-
-def load_given(url: str, image_size: int) -> Reference:
-    """Statistics from a file that the user names: ours, or `mu` and `sigma` as pytorch-fid and ADM write them."""
-    place = storage.redact(url)
-    try:
-        arrays = _arrays(storage.read(url))
-    except NotFoundError:
-        raise EvaluationError(f"--reference {place}: not found") from None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile):
-        raise EvaluationError(f"--reference {place}: not an .npz file; give one with mu and sigma") from None
-    if "outers" in arrays:
-        if f"-{image_size}px-" not in url:
-            raise EvaluationError(
-                f"--reference {place}: statistics of images of another size; the samples have {image_size} px"
-            )
-        return from_arrays(arrays)
-    if not {"mu", "sigma"} <= arrays.keys():
-        raise EvaluationError(f"--reference {place}: has no mu and sigma; it holds {', '.join(arrays) or 'nothing'}")
-    mean, covariance = (torch.from_numpy(np.asarray(arrays[name], np.float64)) for name in ("mu", "sigma"))
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-        raise EvaluationError(
-            f"--reference {place}: mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)} don't fit each other"
-        )
-    return Given(mean, covariance)
-
-
-def _arrays(data: bytes) -> Mapping[str, np.ndarray]:
-    with np.load(io.BytesIO(data), allow_pickle=False) as file:
-        if not hasattr(file, "files"):
-            raise ValueError("a single array")
-        return {name: file[name] for name in file.files if name != "arr_0"}

@@ -20,7 +20,7 @@ from ddpm_dist.data import iterate, load_index, share_of
 from ddpm_dist.diffusion import bits_per_dim
 from ddpm_dist.errors import EvaluationError
 from ddpm_dist.evaluation.distances import nearest
-from ddpm_dist.evaluation.features import FeatureNetwork, open_network
+from ddpm_dist.evaluation.features import FeatureNetwork, Output, open_network
 from ddpm_dist.evaluation.moments import Summary
 from ddpm_dist.sampling import SampleWorker
 
@@ -121,6 +121,7 @@ class EvaluationWorker:
             for spec, network in networks.items():
                 with self._computing:
                     output = network(images)
+                _check_finite(output, network.name, task.images, first)
                 summaries[spec].add(output.features, first, output.logits, output.spatial)
         return summaries
 
@@ -174,7 +175,9 @@ class EvaluationWorker:
         pictures = torch.zeros(len(queries), *shape, dtype=torch.uint8)
         for first, images, _ in _blocks(task.images, BLOCK, 2**62):
             with self._computing:
-                features = network(images).features
+                output = network(images)
+            _check_finite(output, network.name, task.images, first)
+            features = output.features
             distances, found = nearest(queries, features, 1)
             closer = distances[:, 0] < best
             best[closer], rows[closer] = distances[closer, 0], first + found[closer, 0]
@@ -188,6 +191,17 @@ class EvaluationWorker:
             if key not in self._networks:
                 self._networks[key] = open_network(spec, shape, self._device)
         return self._networks[key]
+
+
+def _check_finite(output: Output, name: str, images: SetPart, first: int) -> None:
+    """EvaluationError naming the first image whose features are no numbers: sums and distances would hide them."""
+    for values in (output.features, output.logits, output.spatial):
+        if values is not None and not values.isfinite().all():
+            row = int((~values.isfinite()).any(1).nonzero()[0])
+            raise EvaluationError(
+                f"{storage.redact(images.url)}: the features of image {first + row} are not finite in {name}; are its "
+                "weights whole?"
+            )
 
 
 def _blocks(images: SetPart, size: int, limit: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:

@@ -9,6 +9,7 @@ from ddpm_dist.lazy import lazily
 
 if TYPE_CHECKING:
     from ddpm_dist.sampling.export import export_npz as export_npz, export_png as export_png
+    from ddpm_dist.sampling.folder import duplicates_in as duplicates_in
     from ddpm_dist.sampling.images import grid_png as grid_png
     from ddpm_dist.sampling.plan import Labels as Labels, Manifest as Manifest
     from ddpm_dist.sampling.worker import SampleWorker as SampleWorker
@@ -17,6 +18,7 @@ __all__, _named = lazily(
     __name__,
     modules="job",
     export="export_npz export_png",
+    folder="duplicates_in",
     images="grid_png",
     plan="Labels Manifest",
     worker="SampleWorker",

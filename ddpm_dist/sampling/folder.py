@@ -87,6 +87,13 @@ def images_of(out: str) -> Iterator[DecodedSample]:
         ) from None
 
 
+def duplicates_in(out: str, manifest: Manifest, first: int) -> int | None:
+    """As `count_duplicates`, of a job's folder; None if a receipt is lost, since then nobody knows."""
+    units = [unit for unit in manifest.units if unit.start < first]
+    there = finished(out, units)
+    return count_duplicates([there[unit] for unit in units], first) if len(there) == len(units) else None
+
+
 def _read(out: str, there: dict[str, int], verify: bool, unit: Unit) -> Receipt | None:
     place = storage.redact(out)
     try:

@@ -72,6 +72,11 @@ def test_all_words(recipe: str) -> None:
         (["--metrics", "fid"], "give --samples URL or --snapshot URL, or --config FILE"),
         (["--follow", "memory://no-run"], "not the folder of a run, it has no config.yaml"),
         (["--report", "memory://no-run"], "not the folder of a run"),
+        (
+            ["--config", "RECIPE", "--network", "mine=memory://m.pt"],
+            "--network mine: no metric uses it; they are frechet_pix",
+        ),
+        (["--config", "RECIPE", "--network", "pixel=memory://m.pt"], "pixel is built in, and takes no weights"),
         (["--config", "RECIPE", "--network", "inception"], "--network inception: expected NAME=URL"),
     ],
 )

@@ -87,6 +87,14 @@ def test_a_sweep_is_every_combination_snapshot_by_snapshot(url: str, tmp_path: P
     assert swept[5].out == "memory://o/000000020/steps=2-eta=0.5"
 
 
+def test_a_sweep_over_lists(url: str) -> None:
+    lists = ["--sweep", "sampling.guidance_interval=[0,5],[2, 19]", "--sweep", "sampling.eta=0,0.50"]
+    swept = orders("--snapshot", url, "--out", "memory://o", *lists)
+    assert [order.sampling.guidance_interval for order in swept] == [(0, 5)] * 2 + [(2, 19)] * 2
+    assert swept[1].out == "memory://o/guidance_interval=0..5-eta=0.50"
+    assert swept[2].out == "memory://o/guidance_interval=2..19-eta=0"
+
+
 @pytest.mark.parametrize(("text", "expected"), [("4", (4, 4)), ("1:8", (1, 8)), (None, (2, 2))])
 def test_workers(recipe: str, text: str | None, expected: tuple[int, int]) -> None:
     assert command.workers(text, command.load_config(recipe)) == expected

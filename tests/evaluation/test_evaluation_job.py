@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_dist import snapshot, storage
+from ddpm_dist import rng, snapshot, storage
 from ddpm_dist.cluster.pool import Done
 from ddpm_dist.config import ClusterConfig
 from ddpm_dist.data.decode import encode_png
@@ -21,6 +22,7 @@ from ddpm_dist.diffusion.likelihood import bits_per_dim
 from ddpm_dist.errors import ConfigError, DdpmDistError, EvaluationError
 from ddpm_dist.evaluation import follow as following, job, ranking, result
 from ddpm_dist.evaluation.distances import frechet_of_features, kid, prdc
+from ddpm_dist.evaluation.given import load_given
 from ddpm_dist.evaluation.moments import in_first_half
 from ddpm_dist.evaluation.order import Order
 from ddpm_dist.evaluation.worker import EvaluationWorker, SummaryTask
@@ -116,6 +118,7 @@ def test_statistics_are_made_once(sets: tuple[str, str]) -> None:
     assert values[0] == pytest.approx(values[1], rel=1e-12)
     assert [any(data in str(task) for task in pool.tasks) for pool in (first, second)] == [True, False]
     stored = [name for name in storage.list_objects(data) if name.startswith("statistics/")]
+    stored = [name for name in stored if name.endswith(".npz")]
     assert len(stored) == 1
     given = evaluate(replace(order, data=None, reference=storage.join(data, stored[0])))
     assert given["metrics"]["frechet_pixel"] == pytest.approx(values[0]["frechet_pixel"], rel=1e-9)  # type: ignore[index]
@@ -201,7 +204,9 @@ def test_warnings(tmp_path: Path, sets: tuple[str, str]) -> None:
     assert "20 samples are few" in said
     assert "the weights are raw, not EMA" in said
     assert "pixel: 20 images" in said
-    assert "of 12 to 12 px were resized and cropped to 8 px" in said
+    assert "the reference's images of 12 to 12 px were resized and cropped to 8 px" in said
+    bits = Order(samples=out, data=sets[1], held_out=large, metrics=("bits_per_dim",))
+    assert "--held-out's images of 12 to 12 px were resized" in " | ".join(evaluate(bits)["warnings"])  # type: ignore[arg-type]
     assert "no manifest" in " ".join(evaluate(Order(samples=sets[0], data=sets[1], metrics=PIXEL))["warnings"])  # type: ignore[arg-type]
 
 
@@ -286,9 +291,13 @@ def test_samples_that_are_no_longer_there(sets: tuple[str, str], tmp_path: Path)
 
 def test_references_that_do_not_fit(sets: tuple[str, str], tmp_path: Path) -> None:
     evaluate(Order(samples=sets[0], data=sets[1], metrics=PIXEL))
-    statistics = next(name for name in storage.list_objects(sets[1]) if name.startswith("statistics/"))
+    statistics = next(name for name in storage.list_objects(sets[1]) if name.endswith(".npz"))
     large = make_set(f"file://{tmp_path}/large", pictures(60, 3, size=12))
-    cases = {storage.join(sets[1], statistics): "statistics of images of another size; the samples have 12 px"}
+    cases = {
+        storage.join(
+            sets[1], statistics
+        ): "statistics of images of another size: 8 px, 3 channels; the samples have 12 px"
+    }
     for name, arrays, message in [
         ("empty", {"x": np.zeros(3)}, "has no mu and sigma; it holds x"),
         ("skew", {"mu": np.zeros(3), "sigma": np.zeros((2, 2))}, r"mu \(3,\) and sigma \(2, 2\) don't fit"),
@@ -299,11 +308,172 @@ def test_references_that_do_not_fit(sets: tuple[str, str], tmp_path: Path) -> No
         storage.publish(f"file://{tmp_path}/{name}.npz", buffer.getvalue())
         cases[f"file://{tmp_path}/{name}.npz"] = message
     storage.publish(f"file://{tmp_path}/text.npz", b"hello")
-    cases[f"file://{tmp_path}/text.npz"] = "text.npz: not an .npz file; give one with mu and sigma"
+    cases[f"file://{tmp_path}/text.npz"] = "text.npz: not an .npz file, or damaged; give one"
     cases[f"file://{tmp_path}/none.npz"] = "--reference .*none.npz: not found"
     for url, message in cases.items():
         with pytest.raises(EvaluationError, match=message):
             evaluate(Order(samples=large, reference=url, metrics=PIXEL))
+
+
+def save_npz(url: str, **arrays: object) -> str:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    storage.publish(url, buffer.getvalue())
+    return url
+
+
+def script_network(url: str, factor: float = 1.0) -> str:
+    """A TorchScript network of 12 features."""
+
+    class Means(torch.nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.factor = factor
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1) * self.factor
+
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.script(Means(factor)), buffer)
+    storage.publish(url, buffer.getvalue())
+    return url
+
+
+def test_our_statistics_say_of_which_network_and_size_they_are(sets: tuple[str, str], tmp_path: Path) -> None:
+    """Not by the file's name: a copy under any name is taken, and refused for another network of as many features."""
+    mine, other = (script_network(f"file://{tmp_path}/{n}.pt", factor) for n, factor in (("a", 1.0), ("b", 2.0)))
+    order = Order(samples=sets[0], data=sets[1], metrics=("frechet_net", "prdc_net"), networks={"net": mine})
+    values = evaluate(order)["metrics"]
+    stored = next(name for name in storage.list_objects(sets[1]) if name.endswith(".npz"))
+    copy = f"file://{tmp_path}/renamed-64px.npz"
+    storage.publish(copy, storage.read(f"{sets[1]}/{stored}"))
+    again = replace(order, data=None, reference=copy)
+    found = evaluate(again)
+    assert found["metrics"]["frechet_net"] == pytest.approx(values["frechet_net"], rel=1e-9)  # type: ignore[index]
+    assert "of which network" not in " ".join(found["warnings"])  # type: ignore[arg-type]
+    with pytest.raises(EvaluationError, match=r"statistics of the network net \(.*\); the metric asks for net"):
+        evaluate(replace(again, networks={"net": other}))
+    old = {n: a for n, a in np.load(io.BytesIO(storage.read(copy))).items() if n != "about"}
+    with pytest.raises(EvaluationError, match="doesn't say which network and size it is of"):
+        evaluate(replace(again, reference=save_npz(copy, **old)))
+    kept_name = save_npz(f"file://{tmp_path}/{stored.rpartition('/')[2]}", **old)
+    assert evaluate(replace(again, reference=kept_name))["metrics"] == found["metrics"]
+
+
+def test_statistics_of_other_programs(sets: tuple[str, str], tmp_path: Path) -> None:
+    """Features (pool_3) serve all metrics; ADM's file is taken for what it is; nothing pickled is read."""
+    samples, data = sets
+    real = as_features(data).numpy()
+    order = Order(samples=samples, data=data, metrics=("frechet_pixel", "kid_pixel", "prdc_pixel"))
+    values = evaluate(order)["metrics"]
+    pool = save_npz(f"file://{tmp_path}/pool.npz", pool_3=real, logits=np.zeros((len(real), 10)))
+    found = evaluate(replace(order, data=None, reference=pool))
+    assert found["metrics"]["frechet_pixel"] == pytest.approx(values["frechet_pixel"], rel=1e-5)  # type: ignore[index]
+    assert found["metrics"]["recall_pixel"] == values["recall_pixel"]  # type: ignore[index]
+    assert "don't say of which network they are: they are taken for pixel's" in " ".join(found["warnings"])  # type: ignore[arg-type]
+    mu, sigma = real.mean(0), np.cov(real, rowvar=False)
+    adm = save_npz(f"file://{tmp_path}/adm.npz", arr_0=np.zeros((9, 8, 8, 3), np.uint8), mu=mu, sigma=sigma)
+    one = replace(order, data=None, metrics=PIXEL)
+    assert evaluate(replace(one, reference=adm))["metrics"] == {
+        "frechet_pixel": pytest.approx(values["frechet_pixel"], rel=1e-5)  # type: ignore[index]
+    }
+    given = load_given(
+        save_npz(f"file://{tmp_path}/s.npz", mu=mu, sigma=sigma, mu_s=mu[:3], sigma_s=sigma[:3, :3]), (8, 3), {}
+    )
+    assert given[0].spatial is not None
+    pickled = io.BytesIO()
+    np.save(pickled, {"mu": mu}, allow_pickle=True)  # type: ignore[arg-type]
+    storage.publish(f"file://{tmp_path}/dict.npy", pickled.getvalue())
+    storage.publish(f"file://{tmp_path}/edm2.pkl", pickle.dumps({"fid": {"mu": mu}}))
+    skew = sigma.copy()
+    skew[0, 1] += 1
+    cases = {
+        f"file://{tmp_path}/dict.npy": r"it is pickled, .* Save it anew: python -c",
+        f"file://{tmp_path}/edm2.pkl": r"it is pickled, .*EDM2's: d = d\['fid'\]",
+        save_npz(f"file://{tmp_path}/nan.npz", mu=mu * np.nan, sigma=sigma): "its mu holds NaN or infinities",
+        save_npz(f"file://{tmp_path}/text.npz", mu=np.array(["a"]), sigma=sigma): "its mu holds <U1, not numbers",
+        save_npz(f"file://{tmp_path}/skew.npz", mu=mu, sigma=skew): "sigma is not symmetric",
+        save_npz(
+            f"file://{tmp_path}/images.npz", arr_0=np.zeros((9, 8, 8, 3), np.uint8)
+        ): "ddpm-shards make npz FILE URL",
+    }
+    for url, message in cases.items():
+        with pytest.raises(EvaluationError, match=message):
+            evaluate(replace(one, reference=url))
+    with pytest.raises(EvaluationError, match="statistics are of one network, the metrics use pixel, lite0"):
+        evaluate(replace(one, reference=adm, metrics=("frechet_pixel", "frechet_lite0")))
+
+
+def test_a_nan_is_never_a_distance(sets: tuple[str, str], tmp_path: Path) -> None:
+    """In a network's features, and in stored statistics, which are made anew."""
+    broken = script_network(f"file://{tmp_path}/nan.pt", float("nan"))
+    order = Order(samples=sets[0], data=sets[1], metrics=("frechet_net",), networks={"net": broken})
+    with pytest.raises(EvaluationError, match=r"data: the features of image [0-9]+ are not finite in net"):
+        evaluate(order)
+    whole = evaluate(replace(order, metrics=PIXEL))["metrics"]
+    stored = next(name for name in storage.list_objects(sets[1]) if name.endswith(".npz"))
+    arrays = dict(np.load(io.BytesIO(storage.read(f"{sets[1]}/{stored}"))).items())
+    save_npz(f"{sets[1]}/{stored}", **{**arrays, "totals": arrays["totals"] * np.nan})
+    assert evaluate(replace(order, metrics=PIXEL))["metrics"] == whole
+
+
+def test_a_network_that_gives_features_when_asked(sets: tuple[str, str], tmp_path: Path) -> None:
+    """As NVIDIA's Inception: class probabilities without return_features."""
+
+    class Detector(torch.nn.Module):
+        def forward(self, x: Tensor, return_features: bool = False) -> Tensor:
+            means = torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1)
+            return means if return_features else means.softmax(1)[:, :3]
+
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.script(Detector()), buffer)
+    storage.publish(f"file://{tmp_path}/detector.pt", buffer.getvalue())
+    order = Order(
+        samples=sets[0], data=sets[1], metrics=("frechet_net",), networks={"net": f"file://{tmp_path}/detector.pt"}
+    )
+    assert evaluate(order)["networks"]["net"]["features"] == 12  # type: ignore[index]
+
+
+def test_the_floor_is_of_as_many_images_as_the_value(sets: tuple[str, str]) -> None:
+    """Half the reference at most; and the floor is remembered for each number."""
+    real, order = as_features(sets[1]), Order(samples=sets[0], data=sets[1], metrics=("frechet_pixel", "prdc_pixel"))
+    floors = {}
+    for count in (60, 90, 130):
+        found = evaluate(replace(order, num_samples=count))
+        floors[count] = found["metrics"]["frechet_pixel_floor"]  # type: ignore[index]
+        sides = (count, 201 - count) if count <= 100 else (101, 100)
+        said = found["reference"]["floors"]["pixel"]  # type: ignore[index]
+        assert said in [f"between {a} and {b} real images" for a, b in (sides, sides[::-1])]
+    assert floors[60] > floors[90] > floors[130]
+    priorities = rng.uniform(2, 0, torch.arange(201))
+    chosen = torch.argsort(priorities)[:60]
+    others = torch.ones(201, dtype=torch.bool)
+    others[chosen] = False
+    assert floors[60] == pytest.approx(frechet_of_features(real[chosen], real[others]), rel=1e-5)
+
+
+def test_duplicates_stand_in_the_result(tmp_path: Path, sets: tuple[str, str]) -> None:
+    url, out = make_snapshot(f"file://{tmp_path}/snapshot"), f"file://{tmp_path}/out"
+    sampling_job.run([make_order(url, out)], (1, 3), CLUSTER, InProcess())  # type: ignore[arg-type]
+    order = Order(samples=out, data=sets[1], metrics=PIXEL)
+    assert evaluate(order)["duplicates"] == 0
+    first, second = (f"{out}/receipts/{name}.json" for name in ("000000000-000000008", "000000008-000000016"))
+    receipt = {**json.loads(storage.read(second)), "digests": json.loads(storage.read(first))["digests"]}
+    storage.publish(second, json.dumps(receipt).encode())
+    found = evaluate(order)
+    assert found["duplicates"] == 8
+    assert "8 of 20 samples equal an earlier one" in " ".join(found["warnings"])  # type: ignore[arg-type]
+    assert evaluate(replace(order, num_samples=8))["duplicates"] == 0
+
+
+def test_samples_as_other_programs_have_them(tmp_path: Path, sets: tuple[str, str]) -> None:
+    storage.publish(f"file://{tmp_path}/pngs/1.png", b"png")
+    for url, message in (
+        (f"file://{tmp_path}/pngs", "but image files; ddpm-shards make folder FOLDER URL"),
+        (f"file://{tmp_path}/samples.npz", "ddpm-shards make npz FILE URL"),
+    ):
+        with pytest.raises(EvaluationError, match=message):
+            evaluate(Order(samples=url, data=sets[1], metrics=PIXEL))
 
 
 def run_config(url: str, data: str, **evaluation: object):  # type: ignore[no-untyped-def]
@@ -539,7 +709,8 @@ def test_a_last_snapshot_that_will_not_come_is_not_waited_for(followed, caplog: 
     storage.delete_tree(snapshot_url(cfg.run.url, 30))
     assert follow(order, quiet_s=0.2) == [20]
     assert "waiting for the next snapshot; the last one will be that of step 30" in caplog.text
-    assert "no sign of life for 0:00, and has no snapshot of its last step (30)" in caplog.text
+    assert "the run has shown no sign of life for 0:0" in caplog.text
+    assert "and has no snapshot of its last step (30)" in caplog.text
     write_summary(cfg.run.url, {"step": 30})
     assert follow(order, quiet_s=1e9) == []
     assert "has ended at step 30, but its last snapshot is gone" in caplog.text

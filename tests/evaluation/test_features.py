@@ -150,6 +150,26 @@ def test_other_inception_weights_need_their_hash_and_are_not_called_fid(weights:
     assert output.spatial.shape == (2, 2023)
 
 
+def test_a_module_is_not_taken_for_inceptions_weights(tmp_path: Path) -> None:
+    url = save_script(Means(), tmp_path / "inception-2015-12-05.pt")
+    with pytest.raises(EvaluationError, match=r"is a TorchScript module, .* --network nvidia=URL"):
+        Inception(url)
+
+
+def test_large_images_as_the_reference_tools_resize_them(weights: tuple[str, str]) -> None:
+    """Another number, so another hash; below 299 px both are the same."""
+    url, sha256 = weights
+    ours, theirs = (Inception(f"{url}#sha256={sha256}{option}") for option in ("", "&resize=tensorflow"))
+    assert ours.hash != theirs.hash
+    assert (ours.smooths_above, theirs.smooths_above) == (299, None)
+    small, large = (torch.randint(0, 256, (1, 3, side, side), dtype=torch.uint8) for side in (32, 320))
+    assert torch.equal(ours(small).features, theirs(small).features)
+    assert not torch.equal(ours(large).features, theirs(large).features)
+    for option, message in (("resize=pil", "only #resize=tensorflow is known"), ("size=3", "#size means nothing here")):
+        with pytest.raises(EvaluationError, match=message):
+            Inception(f"{url}#sha256={sha256}&{option}")
+
+
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "other.safetensors"
     safetensors.torch.save_file({"fc.weight": torch.zeros(3)}, path)
@@ -183,6 +203,13 @@ def test_resize_is_tensorflow_1s(size: tuple[int, int]) -> None:
         bottom = x[:, high_y, low_x] + (x[:, high_y, high_x] - x[:, high_y, low_x]) * (x_in - low_x)
         expected = top + (bottom - top) * (y_in - low_y)
         np.testing.assert_allclose(resized[0, :, i, j].numpy(), expected, rtol=1e-4, atol=1e-2)
+
+
+def test_large_images_without_a_filter_are_single_pixels() -> None:
+    """tf.image.resize_bilinear at a factor of 2: pixel i of the result is pixel 2i."""
+    image = torch.rand(1, 3, 598, 598) * 255
+    resized = inception.resize_like_tensorflow(image, antialias=False)
+    assert torch.allclose(resized, image[:, :, ::2, ::2], atol=1e-3)
 
 
 def test_large_images_are_antialiased() -> None:
