@@ -18,7 +18,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from ddpm_dist.data.strict import JPEG_ODDITIES, PNG, png_damage, without_oddity
+from ddpm_dist.data.strict import JPEG_ODDITIES, LFS_POINTER, PNG, png_damage, without_oddity
 
 Pixels = NDArray[np.uint8]
 
@@ -224,6 +224,8 @@ def _pillow(data: bytes, size: int | None, channels: int | None) -> Pixels:
 
 
 def _not_an_image(data: bytes) -> BadSampleError:
+    if data.startswith(LFS_POINTER):
+        return BadSampleError("not_an_image", "a pointer of Git LFS; `git lfs pull` brings the file")
     # Pillow's own message names an object in memory.
     return BadSampleError("not_an_image", f"it begins with {data[:16]!r}")
 

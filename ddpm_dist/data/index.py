@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ddpm_dist import storage
 from ddpm_dist.data.plans import plan_at
 from ddpm_dist.data.ranges import RangeReader
+from ddpm_dist.data.strict import LFS_POINTER
 from ddpm_dist.errors import ConfigError, DataError, NotFoundError, ShardError, ShortReadError
 
 INDEX_NAME = "index.json"
@@ -26,7 +27,6 @@ TABLE_FOLDER = "index"
 INDEX_FORMAT = "ddpm_dist data index 1"
 TABLE_MAGIC = b"ddpm_dist samples 1\n"
 NO_LABEL = -1
-LFS_POINTER = b"version https://git-lfs.github.com/"
 LEFT_OUT, KEYS = "left_out", "keys"
 """Keys of an index's `about`: {shard: why index_shards left it out}; where keys end, if not at the first dot."""
 MAX_SHARD_BYTES = 2**40

@@ -11,6 +11,8 @@ import re
 import struct
 from zlib import crc32
 
+LFS_POINTER = b"version https://git-lfs.github.com/"
+"""What stands in a file's place where Git LFS hasn't brought it."""
 PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _length_and_kind, _number = struct.Struct(">I4s").unpack_from, struct.Struct(">I").unpack_from

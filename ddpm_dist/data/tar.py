@@ -15,7 +15,7 @@ from typing import IO, Any, cast
 import webdataset
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
-from ddpm_dist.data.index import LFS_POINTER
+from ddpm_dist.data.strict import LFS_POINTER
 from ddpm_dist.errors import ShardError, StorageError
 
 BLOCK = 512

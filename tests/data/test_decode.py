@@ -149,6 +149,8 @@ def test_messages_show_how_it_begins_and_no_address() -> None:
     for read in (decode, describe):
         with pytest.raises(BadSampleError, match=r"^not an image: it begins with b'this is a text f'$"):
             read(b"this is a text file that somebody named .png")
+    with pytest.raises(BadSampleError, match=r"^not an image: a pointer of Git LFS; `git lfs pull` brings the file$"):
+        decode(b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 7\n")
     with pytest.raises(BadSampleError, match=r"^corrupt: no header of an array: b\"{'descr': x"):
         decode(encode_raw(RGB).replace(b"'|u1'", b"x    "))
 
