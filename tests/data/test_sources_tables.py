@@ -157,8 +157,11 @@ def test_files_that_do_not_go_together(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"b\.parquet: not Parquet"):
         opened("parquet", tmp_path)
     (tmp_path / "b.parquet").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(DataError, match=r"b\.parquet: not Parquet"):
+    with pytest.raises(DataError, match=r"b\.parquet: a pointer of Git LFS, not the file itself; `git lfs pull`"):
         opened("parquet", tmp_path)
+    for kind in ("zip", "npz", "idx", "cifar10"):
+        with pytest.raises(DataError, match=r"b\.parquet: a pointer of Git LFS"):
+            opened(kind, tmp_path / "b.parquet")
 
 
 def test_damaged_pages_and_paths_without_bytes(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import psutil  # type: ignore[import-untyped]
 
 from ddpm_dist import storage
 from ddpm_dist.data.decode import BadSampleError, Pixels
+from ddpm_dist.data.index import LFS_POINTER
 from ddpm_dist.errors import DataError, DdpmDistError
 
 READ_BUFFER = 2**20
@@ -82,12 +83,18 @@ class RangeFile(io.RawIOBase):
 def open_input(path: str, what: str) -> IO[bytes]:
     """A local file or an object at a URL, seekable; DataError says what was expected there."""
     if "://" in (path := local(path)):
-        return cast(IO[bytes], io.BufferedReader(RangeFile(path), READ_BUFFER))
-    found = existing(path, what)
-    if not found.is_file():
-        raise DataError(f"{path}: {'a folder' if found.is_dir() else 'no plain file'}, where {what} is expected")
+        file = cast(IO[bytes], io.BufferedReader(RangeFile(path), READ_BUFFER))
+    else:
+        found = existing(path, what)
+        if not found.is_file():
+            raise DataError(f"{path}: {'a folder' if found.is_dir() else 'no plain file'}, where {what} is expected")
+        with reading(path, what):
+            file = found.open("rb")
     with reading(path, what):
-        return open(found, "rb")
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise DataError(f"{path}: a pointer of Git LFS, not the file itself; `git lfs pull` brings it")
+        file.seek(0)
+    return file
 
 
 def existing(path: str, what: str) -> Path:
