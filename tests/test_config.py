@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ddpm_dist.config import Config
+from ddpm_dist.config import Config, check_url
 from ddpm_dist.errors import ConfigError
 from ddpm_dist.recipe import differences, dump_config, load_config, parse_config
 from ddpm_dist.snapshot import build
@@ -181,3 +181,26 @@ def test_every_key_is_documented_or_plain() -> None:
         if inner.description is None and key not in plain
     }
     assert not undocumented
+
+
+@pytest.mark.parametrize(
+    ("url", "remedy"),
+    [
+        ("~/runs/a", "write file:///"),
+        ("file://~/runs", "write file:///"),
+        ("runs/a", "a folder here is file:///"),
+        ("s3a://bucket/run", "write s3://BUCKET/FOLDER"),
+        ("s3:///run", "names no bucket"),
+        ("s3://bucket/../run", r"holds \.\."),
+    ],
+)
+def test_a_url_that_means_another_place_elsewhere_is_refused_with_what_to_write(url: str, remedy: str) -> None:
+    with pytest.raises(ValueError, match=remedy):
+        check_url(url)
+
+
+def test_a_run_has_a_folder_of_its_own() -> None:
+    with pytest.raises(ConfigError, match=r"run.url: s3://b/x is data.url"):
+        parse_config(
+            "{run: {url: s3://b/x}, data: {url: s3://b/x/, image_size: 32}, train: {steps: 1, global_batch: 12}}"
+        )

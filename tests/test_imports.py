@@ -27,6 +27,7 @@ BRINGS: dict[str, dict[str, str]] = {
         "evaluate": f"{TRAINING} {SHARDS} safetensors ray tensorboard",
         "sample": f"torch pydantic yaml psutil ray {SHARDS}",
         "make_shards": f"pydantic yaml psutil ray {SHARDS}",
+        "inspect_store": "pydantic yaml",
         "index_shards verify_shards": f"pydantic yaml psutil {SHARDS}",
         "inspect_batch": f"torch numpy pydantic yaml {PIXELS}",
         "inspect_checkpoint convert_weights posthoc_ema": "torch numpy pydantic yaml psutil safetensors",

@@ -62,6 +62,11 @@ def inspect_checkpoint() -> None:
     _run("inspect_checkpoint")
 
 
+def inspect_store() -> None:
+    """`ddpm-inspect store`."""
+    _run("inspect_store")
+
+
 def convert_weights() -> None:
     """`ddpm-convert`."""
     _run("convert_weights")
@@ -73,7 +78,7 @@ def posthoc_ema() -> None:
 
 
 SHARDS = {"make": make_shards, "index": index_shards, "verify": verify_shards}
-INSPECT = {"batch": inspect_batch, "checkpoint": inspect_checkpoint}
+INSPECT = {"batch": inspect_batch, "checkpoint": inspect_checkpoint, "store": inspect_store}
 
 
 def shards() -> None:
@@ -82,7 +87,7 @@ def shards() -> None:
 
 
 def inspect() -> None:
-    """`ddpm-inspect batch|checkpoint …`."""
+    """`ddpm-inspect batch|checkpoint|store …`."""
     _one_of("ddpm-inspect", INSPECT)
 
 

@@ -1,6 +1,7 @@
 """What every section is made of: the kinds of keys, and types with their range and message."""
 
 import re
+from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -18,8 +19,18 @@ Precision = Literal["fp32", "bf16", "fp16"]
 def check_url(url: str) -> str:
     """The URL itself; ValueError with the remedy for what is none, or holds what must not be stored."""
     protocol, colon, rest = url.partition("://")
+    if protocol in ("s3a", "s3n"):
+        raise ValueError(f"{protocol}:// is Hadoop's name for it; write s3://BUCKET/FOLDER")
+    place = rest if protocol == "file" else url
+    if place.startswith("~") and (protocol == "file" or not colon):
+        raise ValueError(f"nobody expands ~ in a URL; write {Path(place).expanduser().as_uri()}")
     if not colon or not re.fullmatch(r"[a-z][a-z0-9+.-]*", protocol) or (protocol == "file" and rest[:1] != "/"):
-        raise ValueError("not an absolute URL; write s3://BUCKET/FOLDER or file:///FOLDER")
+        here = f"; a folder here is {Path(url).absolute().as_uri()}" if url and ":" not in url else ""
+        raise ValueError(f"not an absolute URL; write s3://BUCKET/FOLDER or file:///FOLDER{here}")
+    if protocol == "s3" and not rest.partition("/")[0]:
+        raise ValueError("names no bucket; write s3://BUCKET/FOLDER")
+    if ".." in rest.split("/"):
+        raise ValueError("holds .., which stores take for a name of its own; write the folder itself")
     if protocol != "file" and ("?" in rest or "@" in rest.partition("/")[0]):
         raise ValueError("keys and options don't belong into a URL: it is stored and logged; use the environment")
     return url

@@ -35,6 +35,13 @@ class RunConfig(Section):
     """Keys that are meant to differ from run.init_from's, such as diffusion.prediction; others are refused."""
 
 
+def check_folders(run_url: str, data_url: str | dict[str, float]) -> None:
+    """ValueError where the run would write into the folder of its data set."""
+    for url in [data_url] if isinstance(data_url, str) else data_url:
+        if url.rstrip("/") == run_url.rstrip("/"):
+            raise ValueError(f"run.url: {run_url} is data.url; give the run a folder of its own")
+
+
 class Config(Section):
     """A run as a whole; one that exists can be trained. Made of YAML by `recipe.load_config`, and frozen."""
 
@@ -56,6 +63,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _combinations(self) -> "Config":
         batch = self.train.global_batch
+        check_folders(self.run.url, self.data.url)
         check_model(self.model, self.data.image_size)
         check_diffusion(self.diffusion, self.model.num_classes)
         check_sampling(self.sampling, self.diffusion)

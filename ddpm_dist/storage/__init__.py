@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         READ_TIMEOUT_S as READ_TIMEOUT_S,
         clear_instances as clear_instances,
     )
+    from ddpm_dist.storage.identity import introduce as introduce
     from ddpm_dist.storage.objects import (
         abort_uploads as abort_uploads,
         check_access as check_access,
@@ -39,6 +40,7 @@ __all__, _named = lazily(
     __name__,
     errors="PATIENCE_S redact",
     filesystem="CONNECT_TIMEOUT_S READ_TIMEOUT_S clear_instances",
+    identity="introduce",
     objects="abort_uploads check_access delete delete_tree discard exists "
     "join list_names list_objects publish read read_range signed_url size upload",
     once="check_create create",

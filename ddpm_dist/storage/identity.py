@@ -8,6 +8,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from ddpm_dist.errors import without_url_secrets
+
 if TYPE_CHECKING:
     from botocore.session import Session
 
@@ -69,6 +71,11 @@ def describe() -> str:
     if any(os.environ.get(f"AWS_CONTAINER_CREDENTIALS_{kind}_URI") for kind in ("RELATIVE", "FULL")):
         return "the container's role"
     return f"the machine's role, if it has one: there are no keys in the environment nor in the profile {name}"
+
+
+def introduce() -> str:
+    """Where this process's S3 is, and as whom it asks there; without a secret."""
+    return f"S3 at {without_url_secrets(endpoint() or 'Amazon')}, with {describe()}"
 
 
 def profile_name() -> str:

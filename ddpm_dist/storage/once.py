@@ -8,7 +8,7 @@ from ddpm_dist.storage.objects import put
 
 NO_CREATE = (
     "this store {} If-None-Match{}, by which an object is created once: two jobs could take one folder without seeing "
-    "each other; use a store that has it (docs/stores.md names some), or file:///FOLDER"
+    "each other; use a store that has it (docs/stores.md; `ddpm-inspect store URL` tries one), or file:///FOLDER"
 )
 
 

@@ -1,5 +1,6 @@
 """Stores with habits of their own: what is needed of one, what is done without, and what is said."""
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -7,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from ddpm_dist import storage
+from ddpm_dist.commands import inspect_store
 from ddpm_dist.errors import AccessError, NotFoundError, StorageError
 from ddpm_dist.storage import identity, multipart, objects
 from tests.picky_store import PickyStore
@@ -109,6 +111,35 @@ def test_what_may_not_be_deleted_is_said(picky: Make, bucket_url: str, caplog: p
     storage.delete(f"{bucket_url}/tree/none")
     storage.discard(f"{bucket_url}/tree")
     assert "stays, as the store lets nobody remove it" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("habit", "said", "code"),
+    [
+        ("md5delete", "ok      delete", None),
+        ("nodelete", "FAILED  delete (else old states stay): ", None),
+        ("condignored", "FAILED  create once: ", 1),
+        ("cond501", "FAILED  create once: ", 1),
+    ],
+)
+def test_one_command_says_whether_a_store_will_do(
+    habit: str,
+    said: str,
+    code: int | None,
+    picky: Make,
+    bucket_url: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inspect_store, "LARGE_BYTES", 2**20)
+    picky(habit)
+    with pytest.raises(SystemExit) if code else contextlib.nullcontext():
+        inspect_store.main([bucket_url])
+    out = capsys.readouterr().out
+    assert said in out
+    assert "with the keys of the environment (AWS_ACCESS_KEY_ID)" in out
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in out
+    assert (f"{bucket_url}: usable" in out) == (code is None)
 
 
 @pytest.mark.parametrize("habits", [(), ("nolist",)])
