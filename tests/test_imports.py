@@ -65,8 +65,9 @@ BRINGS: dict[str, dict[str, str]] = {
     },
     "snapshot": {
         "*": "torch numpy pydantic",
-        "folder": "torch numpy pydantic safetensors yaml",
-        "recipes": "torch numpy pydantic yaml",
+        "folder foreign": "torch numpy pydantic safetensors yaml",
+        "files": "torch numpy pydantic safetensors",
+        "recipes told": "torch numpy pydantic yaml",
     },
     "engine": {"*": "torch psutil pydantic"},
     "models": {"*": "torch", "config": "pydantic", "unet": "torch pydantic"},

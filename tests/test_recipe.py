@@ -57,7 +57,7 @@ def test_a_name_that_is_also_a_file_here_is_asked_back(tmp_path: Path, monkeypat
         ("", "expected sections"),
         (BASE + "trian: {}", r"trian: unknown key; did you mean train\?"),
         (BASE.replace("steps", "step"), r"train.step: unknown key; did you mean train.steps\?"),
-        (BASE.replace("size: 32", "size: 32, xyz: 1"), r"data.xyz: unknown key; known here: url, image_size"),
+        (BASE.replace("size: 32", "size: 32, xyz: 1"), r"data.xyz: unknown key; known here: url, index, image_size"),
         (BASE.replace("steps: 10, ", ""), r"train.steps: missing, .* no default; give it .* as train.steps=VALUE"),
         ("run: {}\n" + BASE.replace("run:", "#"), r"run.url: missing"),
         (BASE.replace("steps: 10", "steps: ten"), r"train.steps: 'ten': .*integer"),
