@@ -17,15 +17,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 PIXELS = "PIL simplejpeg pyspng"
 SHARDS = f"numpy tqdm webdataset {PIXELS}"
-TRAINING = "torch numpy pydantic yaml psutil"
+TRAINING = "torch numpy pydantic yaml psutil safetensors"
 
 BRINGS: dict[str, dict[str, str]] = {
     "commands": {
         "scripts __main__": "",
-        "train": f"{TRAINING} {PIXELS} safetensors tqdm ray tensorboard webdataset",
+        "train": f"{TRAINING} {PIXELS} tqdm ray tensorboard webdataset",
         "train_deepspeed": f"{TRAINING} {PIXELS} tqdm tensorboard",
-        "evaluate": f"{TRAINING} {SHARDS} safetensors ray tensorboard",
-        "sample": f"torch pydantic yaml psutil ray {SHARDS}",
+        "evaluate": f"{TRAINING} {SHARDS} ray tensorboard",
+        "sample": f"torch pydantic yaml psutil safetensors ray {SHARDS}",
         "make_shards": f"pydantic yaml psutil ray {SHARDS}",
         "inspect_store": "pydantic yaml",
         "index_shards verify_shards": f"pydantic yaml psutil {SHARDS}",
@@ -34,7 +34,7 @@ BRINGS: dict[str, dict[str, str]] = {
     },
     "evaluation": {
         "*": f"torch pydantic safetensors ray {SHARDS}",
-        "follow report": f"{TRAINING} {SHARDS} safetensors ray tensorboard",
+        "follow report": f"{TRAINING} {SHARDS} ray tensorboard",
         "chart": "",
         "distances moments inception": "torch numpy",
         "features metrics statistics": "torch numpy safetensors",
@@ -66,7 +66,7 @@ BRINGS: dict[str, dict[str, str]] = {
     "snapshot": {
         "*": "torch numpy pydantic",
         "folder foreign": "torch numpy pydantic safetensors yaml",
-        "files": "torch numpy pydantic safetensors",
+        "files": "torch safetensors",
         "recipes told": "torch numpy pydantic yaml",
     },
     "engine": {"*": "torch psutil pydantic"},
