@@ -12,7 +12,7 @@ import psutil  # type: ignore[import-untyped]
 
 from ddpm_dist import storage
 from ddpm_dist.data.decode import BadSampleError, Pixels
-from ddpm_dist.data.index import LFS_POINTER
+from ddpm_dist.data.strict import LFS_POINTER
 from ddpm_dist.errors import DataError, DdpmDistError
 
 READ_BUFFER = 2**20
