@@ -711,7 +711,8 @@ def test_a_last_snapshot_that_will_not_come_is_not_waited_for(followed, caplog: 
     assert "waiting for the next snapshot; the last one will be that of step 30" in caplog.text
     assert "the run has shown no sign of life for 0:0" in caplog.text
     assert "and has no snapshot of its last step (30)" in caplog.text
-    write_summary(cfg.run.url, {"step": 30, "steps": 30})
+    ended = {"step": 30, "images_seen": 120, "images_per_second": 1.0, "data_wait_fraction": 0.0}
+    write_summary(cfg.run.url, ended)
     assert follow(order, quiet_s=30) == []
     assert "has ended at step 30, but its last snapshot is gone" in caplog.text
 
