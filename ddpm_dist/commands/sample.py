@@ -184,7 +184,7 @@ def _minimal(url: str, info: dict[str, Any]) -> dict[str, Any]:
     diffusion = snapshot.diffusion_in(url)
     return {
         "run": {"url": url},
-        "data": {"url": url, "image_size": info["image_size"], "channels": info["channels"]},
+        "data": {"url": f"{url}-data", "image_size": info["image_size"], "channels": info["channels"]},
         "model": {"channel_mult": [1], "attention_resolutions": []},
         "diffusion": {"timesteps": diffusion.timesteps},
         "train": {"steps": 1, "global_batch": 1},

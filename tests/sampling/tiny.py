@@ -23,7 +23,7 @@ def make_snapshot(url: str, num_classes: int | None = None, seed: int = 0, kind:
     cfg = parse_config(
         f"""
         run: {{url: {url}, seed: {seed}}}
-        data: {{url: {url}, image_size: 8, channels: 1}}
+        data: {{url: {url}-data, image_size: 8, channels: 1}}
         model: {{channels: 8, channel_mult: [1, 2], num_res_blocks: 1, attention_resolutions: [4], norm_groups: 4,
                  num_classes: {"null" if num_classes is None else num_classes}}}
         diffusion: {{timesteps: 20}}
