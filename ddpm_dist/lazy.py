@@ -7,9 +7,12 @@ from typing import Any
 
 from ddpm_dist.packages import absent
 
+Hooks = tuple[Callable[..., Any], Callable[[], list[str]]]
+"""A module's `__getattr__` and `__dir__`."""
 
-def lazily(room: str, *, modules: str = "", **names: str) -> tuple[list[str], Callable[[str], Any]]:
-    """What a room's `__init__` needs: its `__all__` and its `__getattr__`.
+
+def lazily(room: str, *, modules: str = "", **names: str) -> tuple[list[str], Hooks]:
+    """What a room's `__init__` needs: its `__all__`, and its `__getattr__` and `__dir__`.
 
     room: the package's `__name__`. names: module of the room -> the names that it gives, with spaces between them.
     modules: modules of the room that are public as a whole.
@@ -26,7 +29,8 @@ def lazily(room: str, *, modules: str = "", **names: str) -> tuple[list[str], Ca
             return _load(f"{room}.{name}")
         raise AttributeError(f"module {room!r} has no attribute {name!r}")
 
-    return sorted([*homes, *modules.split()]), get
+    public = sorted([*homes, *modules.split()])
+    return public, (get, lambda: public)
 
 
 def _load(module: str) -> ModuleType:

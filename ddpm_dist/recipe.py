@@ -87,11 +87,13 @@ def read_recipe(recipe: str | Path) -> str:
     except IsADirectoryError:
         raise ConfigError(f"--config {recipe}: a folder; name a file, or {_shipped()}") from None
     except OSError as error:
-        raise ConfigError(f"--config {recipe}: {error.strerror or error}; name a file, or {_shipped()}") from None
+        raise ConfigError(f"--config {recipe}: {error.strerror or error}; name a file, or {_shipped(recipe)}") from None
 
 
-def _shipped() -> str:
-    return f"one of the recipes {', '.join(recipes())}"
+def _shipped(meant: str | Path = "") -> str:
+    names = sorted(recipes())
+    close = difflib.get_close_matches(Path(meant).stem.lower(), names, n=1)
+    return f"one of the recipes {', '.join(names)}" + (f" (did you mean {close[0]}?)" if close else "")
 
 
 def parse_config(text: str, overrides: Iterable[str] = (), source: str = "config") -> Config:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ddpm_dist.cluster.pool import ActorPool as ActorPool, Done as Done, Failed as Failed
     from ddpm_dist.cluster.train import preemption_announced as preemption_announced, train_on_ray as train_on_ray
 
-__all__, _named = lazily(
+__all__, _asked = lazily(
     __name__,
     connect="connect_ray",
     jobs="submit_beside",
@@ -22,4 +22,4 @@ __all__, _named = lazily(
     train="preemption_announced train_on_ray",
 )
 if not TYPE_CHECKING:
-    __getattr__ = _named
+    __getattr__, __dir__ = _asked

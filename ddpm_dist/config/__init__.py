@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         ZeroConfig as ZeroConfig,
     )
 
-__all__, _named = lazily(
+__all__, _asked = lazily(
     __name__,
     run="Config RunConfig",
     data="DataConfig default_streams",
@@ -42,4 +42,4 @@ __all__, _named = lazily(
     base="Below1 Positive Precision check_url",
 )
 if not TYPE_CHECKING:
-    __getattr__ = _named
+    __getattr__, __dir__ = _asked

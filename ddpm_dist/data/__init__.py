@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         write_shard as write_shard,
     )
 
-__all__, _named = lazily(
+__all__, _asked = lazily(
     __name__,
     modules="build",
     index="DataIndex ShardInfo content_hash load_index table_name",
@@ -49,4 +49,4 @@ __all__, _named = lazily(
     sources="SOURCES SourceOptions",
 )
 if not TYPE_CHECKING:
-    __getattr__ = _named
+    __getattr__, __dir__ = _asked

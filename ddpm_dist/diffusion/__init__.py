@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         rescale_zero_terminal_snr as rescale_zero_terminal_snr,
     )
 
-__all__, _named = lazily(
+__all__, _asked = lazily(
     __name__,
     modules="editing",
     gaussian="GaussianDiffusion",
@@ -38,4 +38,4 @@ __all__, _named = lazily(
     denoiser="Network",
 )
 if not TYPE_CHECKING:
-    __getattr__ = _named
+    __getattr__, __dir__ = _asked

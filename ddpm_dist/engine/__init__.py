@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         use_interface_of as use_interface_of,
     )
 
-__all__, _named = lazily(
+__all__, _asked = lazily(
     __name__,
     engine="Engine StepReport",
     launchers="check_single",
@@ -34,4 +34,4 @@ __all__, _named = lazily(
     world="World broadcast_object gather_objects init_world use_interface_of",
 )
 if not TYPE_CHECKING:
-    __getattr__ = _named
+    __getattr__, __dir__ = _asked

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ddpm_dist.evaluation.report import write_report as write_report
     from ddpm_dist.evaluation.samples import instead as instead
 
-__all__, _named = lazily(
+__all__, _asked = lazily(
     __name__,
     modules="follow job",
     order="Order check_used",
@@ -21,4 +21,4 @@ __all__, _named = lazily(
     samples="instead",
 )
 if not TYPE_CHECKING:
-    __getattr__ = _named
+    __getattr__, __dir__ = _asked

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     )
     from ddpm_dist.models.unet import UNet as UNet
 
-__all__, _named = lazily(
+__all__, _asked = lazily(
     __name__,
     config="UNetConfig current_keys unknown_keys",
     unet="UNet",
     arithmetic="SLOW_BF16",
 )
 if not TYPE_CHECKING:
-    __getattr__ = _named
+    __getattr__, __dir__ = _asked

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ddpm_dist.sampling.plan import Labels as Labels, Manifest as Manifest
     from ddpm_dist.sampling.worker import SampleWorker as SampleWorker
 
-__all__, _named = lazily(
+__all__, _asked = lazily(
     __name__,
     modules="job",
     export="export_npz export_png",
@@ -24,4 +24,4 @@ __all__, _named = lazily(
     worker="SampleWorker",
 )
 if not TYPE_CHECKING:
-    __getattr__ = _named
+    __getattr__, __dir__ = _asked

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     )
     from ddpm_dist.snapshot.told import Told as Told
 
-__all__, _named = lazily(
+__all__, _asked = lazily(
     __name__,
     fitting="Task changes fit",
     folder="INDEX build check_folder diffusion_in load_info load_snapshot network_in notes_on save_snapshot "
@@ -49,4 +49,4 @@ __all__, _named = lazily(
     recipes="check_describable keys_of_network keys_of_process network_of open_keys_of reconcile",
 )
 if not TYPE_CHECKING:
-    __getattr__ = _named
+    __getattr__, __dir__ = _asked

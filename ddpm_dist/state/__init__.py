@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ddpm_dist.state.reader import read_full as read_full, read_manifest as read_manifest, verify as verify
     from ddpm_dist.state.store import StateStore as StateStore, read_state as read_state
 
-__all__, _named = lazily(
+__all__, _asked = lazily(
     __name__,
     modules="history",
     format="MANIFEST Manifest StateId",
@@ -23,4 +23,4 @@ __all__, _named = lazily(
     store="StateStore read_state",
 )
 if not TYPE_CHECKING:
-    __getattr__ = _named
+    __getattr__, __dir__ = _asked

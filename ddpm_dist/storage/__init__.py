@@ -2,6 +2,10 @@
 
 All that touches a store goes through here, and nothing here knows what it stores. It never caches, never lists more
 than it is asked for, and never shows a credential.
+
+What every function has in common: a URL is s3://BUCKET/KEY, file:///PATH or another absolute one of fsspec. Transient
+errors are retried for `patience_s` seconds. Raises NotFoundError where nothing is there, AccessError with the remedy
+where the store refuses, else StorageError; none of them names a secret.
 """
 
 from typing import TYPE_CHECKING
@@ -36,7 +40,7 @@ if TYPE_CHECKING:
     from ddpm_dist.storage.once import check_create as check_create, create as create
     from ddpm_dist.storage.sessions import preload as preload
 
-__all__, _named = lazily(
+__all__, _asked = lazily(
     __name__,
     errors="PATIENCE_S redact",
     filesystem="CONNECT_TIMEOUT_S READ_TIMEOUT_S clear_instances",
@@ -47,4 +51,4 @@ __all__, _named = lazily(
     sessions="preload",
 )
 if not TYPE_CHECKING:
-    __getattr__ = _named
+    __getattr__, __dir__ = _asked

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     )
     from ddpm_dist.training.posthoc import Profile as Profile, coefficients as coefficients, distance as distance
 
-__all__, _named = lazily(
+__all__, _asked = lazily(
     __name__,
     modules="run_folder",
     branch="resolve",
@@ -35,4 +35,4 @@ __all__, _named = lazily(
     posthoc="Profile coefficients distance",
 )
 if not TYPE_CHECKING:
-    __getattr__ = _named
+    __getattr__, __dir__ = _asked

@@ -9,6 +9,7 @@ from torch import Tensor
 from ddpm_dist import snapshot
 from ddpm_dist.config import Config
 from ddpm_dist.diffusion import LossHistory, sample
+from ddpm_dist.diffusion.samplers import SAMPLERS
 from ddpm_dist.engine import StepReport, World
 from ddpm_dist.recipe import parse_config
 from ddpm_dist.training.control import Control
@@ -83,7 +84,7 @@ def test_a_step_reads_nothing_from_its_device(overrides: list[str]) -> None:
     control.tell(result.loss, result.t, cfg.diffusion.timesteps, 0, False, False)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "heun", "unipc"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("guided", [False, True])
 def test_samplers_read_nothing_from_their_device(sampler: str, guided: bool) -> None:
     cfg, network, diffusion = build(

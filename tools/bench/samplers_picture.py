@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ddpm_dist.diffusion.samplers import SAMPLERS
 from tools.bench.samplers_rows import METRICS, NEAR, Row, curves
 
 PANEL, MARGIN, SCALE = (460, 250), 44, 2
-COLOURS = {
-    "ddpm": "#7f7f7f", "ddim": "#1f77b4", "dpmpp_2m": "#d62728", "dpmpp_2m_sde": "#ff9896", "heun": "#2ca02c",
-    "unipc": "#9467bd",
-}  # fmt: skip
+_COLOURS = ("#7f7f7f", "#1f77b4", "#d62728", "#ff9896", "#2ca02c", "#9467bd", "#e377c2")
+COLOURS = dict(zip(SAMPLERS, itertools.cycle(_COLOURS), strict=False))
 RATIOS = (0.8, 4.0)
 """Of the vertical axis; what lies outside is drawn at its edge."""
 
