@@ -25,7 +25,7 @@ from ddpm_dist.engine.world import World
 from ddpm_dist.recipe import load_config
 from ddpm_dist.state import format as fmt, history
 from ddpm_dist.state.reader import Target, read_into, read_manifest
-from ddpm_dist.storage import multipart, objects
+from ddpm_dist.storage import multipart, objects, once
 from ddpm_dist.training.entry import deepspeed_worker
 from ddpm_dist.training.failures import SkippedSteps
 from ddpm_dist.training.step import StepResult
@@ -210,7 +210,10 @@ class _Watched:
             return found
 
         def called(first: Any, *arguments: Any, **options: Any) -> Any:
-            about = options.get("Key", "") if name == "call_s3" else first
+            about = first
+            if name == "call_s3":
+                removed = options.get("Delete", {}).get("Objects", [{}])
+                about = options.get("Key") or removed[0].get("Key", "")
             if "checkpoints/" not in str(about) or first in ("list_parts", "head_object", "get_object"):
                 return found(first, *arguments, **options)
             what = f"{first if name == 'call_s3' else name} {str(about).split('checkpoints/')[1]}"
@@ -241,4 +244,4 @@ def _watch_changes(world: World, faults: Faults) -> None:
         fs, path = filesystem(url)
         return _Watched(fs, change), path
 
-    objects.filesystem = watched
+    objects.filesystem = once.filesystem = watched

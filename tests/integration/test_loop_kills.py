@@ -65,13 +65,13 @@ def test_a_history_of_losses_goes_on_bit_for_bit(data_url: str, bucket_url: str)
 
 SAVES = ("train.steps=6", "model.channels=32", "model.norm_groups=32", "model.num_res_blocks=2")
 """A million parameters, so that a state has uploads in parts; three saves, and the removal of the first state."""
-CHANGES = {0: 21, 1: 18}
-"""What a rank changes below `checkpoints/` in an attempt: rank 0 the claim, three states of two files, one of these in
+CHANGES = {0: 22, 1: 18}
+"""What a rank changes below `checkpoints/` in an attempt: rank 0 the claim and its probe, three states of two files, one of these in
 two parts, three manifests, and a removal of two steps; rank 1 the same files, and a table of them for each state."""
 POINTS = [
     (rank, number, after) for rank, count in CHANGES.items() for number in range(count) for after in (False, True)
 ]
-QUICK_POINTS = [(0, 4, True), (0, 12, False), (0, 20, False), (1, 9, True)]
+QUICK_POINTS = [(0, 1, False), (0, 5, True), (0, 13, False), (0, 21, False), (1, 9, True)]
 
 
 @pytest.fixture(scope="session")
@@ -85,14 +85,14 @@ def test_the_points_at_which_a_process_can_die_are_all_known(data_url: str, buck
     loop.finish(loop.config(f"{bucket_url}/run", data_url, *SAVES), 2, Faults(record=str(tmp_path), small_parts=True))
     seen = {rank: (tmp_path / f"changes-{rank}").read_text().splitlines() for rank in CHANGES}
     assert {rank: len(lines) for rank, lines in seen.items()} == CHANGES, seen
-    assert seen[0][0] == "pipe_file owner/000001"
+    assert seen[0][:2] == 2 * ["pipe_file owner/000001"], "the claim, and the probe that it can't be made twice"
     for rank, lines in seen.items():
         for step in (2, 4, 6):
             mine = [line.replace(f"{step:09d}-0001/{rank:05d}-", "") for line in lines if f"{step:09d}-" in line]
             assert mine.count("upload_part 000.f32") == 2, mine
             assert mine.index("complete_multipart_upload 000.f32") > mine.index("create_multipart_upload 000.f32")
             assert f"{step:09d}-0001/{'manifest' if rank == 0 else 'part-00001'}.json" in mine[5], "after all files"
-    assert [line.split()[0] for line in seen[0][-2:]] == ["rm_file", "rm"]
+    assert [line.split()[0] for line in seen[0][-2:]] == ["rm_file", "delete_objects"]
 
 
 @pytest.mark.timeout(600)
