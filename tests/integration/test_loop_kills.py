@@ -66,9 +66,9 @@ def test_a_history_of_losses_goes_on_bit_for_bit(data_url: str, bucket_url: str)
 SAVES = ("train.steps=6", "model.channels=32", "model.norm_groups=32", "model.num_res_blocks=2")
 """A million parameters, so that a state has uploads in parts; three saves, and the removal of the first state."""
 CHANGES = {0: 22, 1: 18}
-"""What a rank changes below `checkpoints/` in an attempt: rank 0 the claim and its probe, three states of two files, one
-of these in two parts, three manifests, and a removal of two steps; rank 1 the same files, and a table of them for each
-state."""
+"""What a rank changes below `checkpoints/` in an attempt: rank 0 the claim and its probe, three states of two files,
+one of these in two parts, three manifests, and a removal of two steps; rank 1 the same files, and a table of them for
+each state."""
 POINTS = [
     (rank, number, after) for rank, count in CHANGES.items() for number in range(count) for after in (False, True)
 ]
