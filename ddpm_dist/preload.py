@@ -3,6 +3,7 @@
 `tests/cluster/test_standby.py` lists what a child still imports by itself, and so keeps this complete.
 """
 
+import contextlib
 import importlib
 
 from ddpm_dist import storage
@@ -24,6 +25,7 @@ MODULES = (
     "PIL.PngImagePlugin",
     "PIL.JpegImagePlugin",
     "ddpm_dist.storage.objects",
+    "ddpm_dist.storage.once",
     "ddpm_dist.engine.engine",
     "ddpm_dist.training.entry",
     "ddpm_dist.sampling.worker",
@@ -34,7 +36,8 @@ MODULES = (
 def everything() -> None:
     """Imports and reads; makes no thread, no connection, no group, and doesn't touch CUDA."""
     for name in MODULES:
-        importlib.import_module(name)
+        with contextlib.suppress(ImportError):  # a child that needs what isn't installed says so itself
+            importlib.import_module(name)
     from PIL import Image
 
     Image.preinit()

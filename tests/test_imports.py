@@ -61,7 +61,9 @@ BRINGS: dict[str, dict[str, str]] = {
     "cluster": {
         "connect jobs pool": "ray pydantic",
         "train": "ray torch pydantic psutil yaml",
-        "child standby standby_key standby_server": "",
+        "supervisor": "ray pydantic yaml",
+        "rank": "pydantic yaml",
+        "agreement child standby standby_key standby_server": "",
     },
     "snapshot": {
         "*": "torch numpy pydantic",

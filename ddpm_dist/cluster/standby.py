@@ -21,7 +21,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -83,26 +83,33 @@ class Standby:
 
 
 def find(
-    folder: str | Path, preload: str, watch: int | None = None, idle_s: float = IDLE_S, patience_s: float = START_S
+    folder: str | Path,
+    preload: str,
+    watch: int | None = None,
+    idle_s: float = IDLE_S,
+    patience_s: float = START_S,
+    environment: Mapping[str, str] | None = None,
 ) -> Standby:
     """The standby of this environment, which is started where there is none; StandbyError with the reason otherwise.
 
     folder: for its socket, private to this user. preload: `module:function` that imports everything. watch: pid of the
-    process that it ends with. idle_s: after so long without a child it ends.
+    process that it ends with. idle_s: after so long without a child it ends. environment: that of the children, as far
+    as it is read at import; by default this process's.
     """
     if not LINUX or not hasattr(os, "pidfd_open"):
         raise StandbyError("a standby needs Linux (fork, pidfd)")
     folder = private(Path(folder))
-    name = key(preload, os.environ)
+    environment = os.environ if environment is None else environment
+    name = key(preload, environment)
     place = folder / name
     with _locked(folder, patience_s):
         try:
             _connect(place).close()
         except FileNotFoundError:
-            _launch(folder, name, preload, watch, idle_s, patience_s)
+            _launch(folder, name, preload, watch, idle_s, patience_s, environment)
         except ConnectionRefusedError:  # it was killed
             place.unlink(missing_ok=True)
-            _launch(folder, name, preload, watch, idle_s, patience_s)
+            _launch(folder, name, preload, watch, idle_s, patience_s, environment)
         except OSError as error:
             raise StandbyError(f"the standby {place} doesn't answer: {error}") from None
     return Standby(place)
@@ -252,12 +259,20 @@ def _locked(folder: Path, patience_s: float) -> Iterator[None]:
         os.close(lock)
 
 
-def _launch(folder: Path, name: str, preload: str, watch: int | None, idle_s: float, patience_s: float) -> None:
+def _launch(
+    folder: Path,
+    name: str,
+    preload: str,
+    watch: int | None,
+    idle_s: float,
+    patience_s: float,
+    environment: Mapping[str, str],
+) -> None:
     """Starts it and waits until it is ready; StandbyError with its own words if it isn't."""
     command = [sys.executable, "-m", "ddpm_dist.cluster.standby_server", "--folder", str(folder), "--name", name]
     command += ["--preload", preload, "--idle", str(idle_s)]
     command += ["--watch", str(watch)] if watch is not None else []
-    mine = {n: v for n, v in os.environ.items() if not n.startswith("AWS_")}  # it needs no secrets, so it has none
+    mine = {n: v for n, v in environment.items() if not n.startswith("AWS_")}  # it needs no secrets, so it has none
     environment = {**mine, **SET_FOR_IMPORT, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,

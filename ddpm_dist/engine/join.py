@@ -43,11 +43,13 @@ def _store(rank: int, size: int, place: str, deadline: float) -> Store:
     """The store that rank 0 keeps (or torchrun's agent, for it)."""
     host, _, port = place.rpartition(":")
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    # A supervisor gives rank 0 the port itself, open, so that nobody else can have taken it meanwhile.
+    listening = os.environ.get("MASTER_LISTEN_FD") if rank == 0 else None
     while True:
         try:
             store = TCPStore(
                 host, int(port), size, rank == 0 and not by_agent, timedelta(seconds=SAY_S), wait_for_workers=False,
-                multi_tenant=True,
+                multi_tenant=True, master_listen_fd=int(listening) if listening else None,
             )  # fmt: skip
             store.set_timeout(timedelta(seconds=max(1.0, deadline - time.monotonic())))
             return PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

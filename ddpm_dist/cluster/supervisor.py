@@ -1,0 +1,246 @@
+"""What runs in a Ray Train worker: it watches its rank, a process of its own, and starts it anew when the run goes on.
+
+It imports neither torch nor DeepSpeed, so that Ray's part of a start is short, and its rank comes from the node's
+standby, so that the rank's part is, too. Where there is no standby the rank is a plain subprocess, which is said.
+"""
+
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.train.v2._internal.execution.context import TrainContext, get_train_context
+
+from ddpm_dist import cli
+from ddpm_dist.cluster import rank as ranks
+from ddpm_dist.cluster.child import Request
+from ddpm_dist.cluster.standby import Child, Standby, find, start_plain
+from ddpm_dist.errors import ClusterError, DdpmDistError, PreemptedError, StandbyError
+
+log = logging.getLogger(__name__)
+
+PRELOAD = "ddpm_dist.preload:everything"
+POLL_S = 0.5
+"""How often a supervisor looks whether its node was announced to go away."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the driver asks each supervisor to do."""
+
+    payload: str
+    """For `rank.run`."""
+    environment: dict[str, str]
+    """Beside the node's own: what must stand before torch is imported, and never a secret."""
+    may_pass: tuple[type[DdpmDistError], ...]
+    gpus: bool
+    agreement: Any
+    """Handle of the actor."""
+
+
+def supervise(order: Order) -> None:
+    """One rank, through as many attempts as it takes. Raises what only Ray or the driver can answer."""
+    cli.setup_logging()
+    context = get_train_context()
+    group = _id_of(context.execution_context.synchronization_actor)
+    here = context.distributed_context
+    failed_at: float | None = None
+    while True:
+        port = _listening() if here.world_rank == 0 else None
+        endpoint = (ray.util.get_node_ip_address(), port.getsockname()[1]) if port is not None else None
+        joined = ray.get(order.agreement.join.remote(group, here.world_rank, here.world_size, endpoint))
+        if joined is None:
+            raise RuntimeError("another worker group has taken this one's place")
+        time.sleep(joined["pause_s"])
+        rank = _Rank(order, context, joined, port)
+        try:
+            outcome = rank.watch(failed_at)
+        finally:
+            rank.close()
+        failed_at = time.time()
+        if outcome == "done":
+            return
+        if outcome == "preempted":
+            raise rank.error or PreemptedError("a node is about to be taken away; the state is saved")
+
+
+class _Bell:
+    """Something to `select` on that another thread makes readable."""
+
+    def __init__(self) -> None:
+        self._ours, self._theirs = os.pipe()
+        self._lock, self._closed = threading.Lock(), False
+
+    def fileno(self) -> int:
+        return self._ours
+
+    def ring(self) -> None:
+        with self._lock:
+            if not self._closed:
+                os.write(self._theirs, b"x")
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            os.close(self._ours)
+            os.close(self._theirs)
+
+
+class _Rank:
+    """A rank's process in one attempt."""
+
+    def __init__(self, order: Order, context: TrainContext, joined: dict[str, Any], port: socket.socket | None) -> None:
+        self._order, self._context, self._number = order, context, joined["number"]
+        self._here = context.distributed_context
+        self._words, theirs = socket.socketpair()
+        self._heard = b""
+        self.error: BaseException | None = None
+        """With which it ended."""
+        self._began = time.time()
+        descriptors = [theirs.fileno(), *([port.fileno()] if port is not None else [])]
+        self._child = _start(self._request(*joined["master"]), order, descriptors)
+        theirs.close()
+        if port is not None:
+            port.close()
+        self._over = _Bell()
+        order.agreement.watch.remote(self._number).future().add_done_callback(lambda _: self._over.ring())
+
+    def watch(self, failed_at: float | None) -> str:
+        """Until the attempt is over: "done", "preempted" or "again". failed_at: when the last one was, for the log."""
+        told_preemption = said = False
+        while True:
+            watched: list[Any] = [self._child, self._words, self._over]
+            readable, _, _ = select.select(watched, [], [], POLL_S)
+            if self._words in readable:
+                self._heard += self._words.recv(1 << 16)
+            if not said and failed_at is not None and b'"first_step"' in self._heard and self._here.world_rank == 0:
+                said = True
+                log.info("%s", parts(failed_at, self._began, ranks.heard(self._heard).marks))
+            if self._over in readable:
+                return "again"
+            if self._child in readable:
+                return self._ended(self._child.wait())
+            if not told_preemption and self._context.preemption_context.preemption_info is not None:
+                told_preemption = True
+                self._words.sendall(b"p")
+
+    def close(self) -> None:
+        """Returns when the process is gone: only then its GPU's memory is free."""
+        self._child.signal(signal.SIGKILL)
+        try:
+            self._child.wait(30)
+        except TimeoutError:
+            log.warning("rank %d's process %d doesn't end", self._here.world_rank, self._child.pid)
+        self._child.close()
+        self._words.close()
+        self._over.close()
+
+    def _ended(self, code: int) -> str:
+        """What follows from the end of the process."""
+        self._words.setblocking(False)
+        try:
+            while data := self._words.recv(1 << 16):
+                self._heard += data
+        except OSError:
+            pass
+        told = ranks.heard(self._heard)
+        self.error = told.error
+        preempted = isinstance(told.error, PreemptedError)
+        agreement = self._order.agreement
+        if code == 0 or preempted:
+            return str(ray.get(agreement.finished.remote(self._number, self._here.world_rank, preempted)))
+        error = told.error or RuntimeError(_how(code))
+        if isinstance(error, DdpmDistError) and not isinstance(error, self._order.may_pass):
+            raise error
+        log.warning("rank %d has failed: %s", self._here.world_rank, error)
+        final = ray.get(agreement.failed.remote(self._number, self._here.world_rank, str(error), _stepped(told)))
+        if final is not None:
+            raise ClusterError(f"the training failed: {final}")
+        return "again"
+
+    def _request(self, address: str, port: int) -> Request:
+        here = self._here
+        environment = {
+            **os.environ,
+            **self._order.environment,
+            "RANK": str(here.world_rank),
+            "WORLD_SIZE": str(here.world_size),
+            "LOCAL_RANK": str(here.local_rank),
+            "LOCAL_WORLD_SIZE": str(here.local_world_size),
+            "NODE_RANK": str(here.node_rank),
+            "MASTER_ADDR": address,
+            "MASTER_PORT": str(port),
+            "MASTER_LISTEN_FD": "",
+        }
+        title = f"ddpm_dist rank {here.world_rank} of {here.world_size}"
+        payload = self._order.payload
+        return Request("ddpm_dist.cluster.rank:run", payload, environment, os.getcwd(), title, tuple(sys.path))
+
+
+def warm(environment: dict[str, str], gpus: bool) -> None:
+    """Starts this node's standby; to be run on each node early, beside the driver's checks."""
+    try:
+        _standby(environment, gpus)
+    except StandbyError as error:
+        log.warning("ranks start without a standby: %s", error)
+
+
+def parts(failed_at: float, began: float, marks: dict[str, float]) -> str:
+    """A line about where the seconds of a restart went."""
+    times = {"end of the others": began, **dict(sorted(marks.items(), key=lambda item: item[1]))}
+    found, before = [], failed_at
+    for name, at in times.items():
+        found.append(f"{name.replace('_', ' ')} {at - before:.2f}")
+        before = at
+    return f"restarted in {before - failed_at:.2f} s: {', '.join(found)}"
+
+
+def _start(request: Request, order: Order, descriptors: list[int]) -> Child:
+    try:
+        return _standby(order.environment, order.gpus).start(request, 1, 2, descriptors)
+    except StandbyError as error:
+        log.warning("the rank starts without a standby, which takes seconds: %s", error)
+        return start_plain(request, 1, 2, descriptors)
+
+
+def _standby(environment: dict[str, str], gpus: bool) -> Standby:
+    """This node's, as ranks with this environment beside the node's own need it."""
+    node: Any = ray._private.worker._global_node
+    session = node.get_session_dir_path()
+    raylet = int(os.environ.get("RAY_RAYLET_PID") or os.getppid())
+    mine = {**os.environ, **environment}
+    if gpus:
+        mine.pop("CUDA_VISIBLE_DEVICES", None)  # it sees those of all ranks, and touches none
+    # Of the node, not of the machine, which may have more than one of a cluster's nodes: it ends with its own.
+    folder = os.path.join(session, f"standby-{ray.get_runtime_context().get_node_id()[:12]}")
+    return find(folder, PRELOAD, raylet, environment=mine)
+
+
+def _listening() -> socket.socket:
+    """A port that nobody else can take before the group has met there."""
+    family = socket.AF_INET6 if ":" in ray.util.get_node_ip_address() else socket.AF_INET
+    port = socket.socket(family)
+    port.bind((ray.util.get_node_ip_address(), 0))
+    port.listen(1024)
+    return port
+
+
+def _id_of(actor: Any) -> str:
+    return str(actor._actor_id.hex())
+
+
+def _how(code: int) -> str:
+    if code >= 0:
+        return f"its process ended with exit code {code}"
+    return f"its process was ended by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -9 else "")
+
+
+def _stepped(told: ranks.Told) -> bool:
+    return "first_step" in told.marks
