@@ -69,7 +69,7 @@ class Told:
         if wrong:
             raise ConfigError(f"{source}: {wrong[0]} is a value, not a section")
         for section in ("run", "data"):
-            values[section] = {**values[section], "url": url}
+            values[section] = {**values[section], "url": f"{url}-{section}"}
         return {**values, "train": {"steps": 1, "global_batch": 1}}
 
     def _ask(self, values: Mapping[str, Any], facts: Mapping[str, Any], asks: Sequence[str], place: str) -> None:
