@@ -37,7 +37,7 @@ class Receipt:
         try:
             values = json.loads(data)
             summary = values["written"]["summary"]
-            for name in ("min_size", "max_size"):
+            for name in {"min_size", "max_size", "names"} & summary.keys():  # those of 0.1.0 have no names
                 summary[name] = tuple(summary[name])
             written = WrittenShard(ShardInfo(**values["written"]["info"]), ShardSummary(**summary))
             return cls(written, tuple(values["digests"]))
