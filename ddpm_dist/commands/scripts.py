@@ -114,9 +114,9 @@ def _one_of(program: str, commands: dict[str, Callable[[], None]], named: Callab
     word = sys.argv[1] if len(sys.argv) > 1 else ""
     if word not in commands:
         asked = word in ("-h", "--help")
+        print(f"usage: {program} {'|'.join(commands)} …  (each with --help)", file=sys.stdout if asked else sys.stderr)
         if word and not asked:
             print(f"{program}: {word!r} is none of its commands", file=sys.stderr)
-        print(f"usage: {program} {'|'.join(commands)} …  (each with --help)", file=sys.stdout if asked else sys.stderr)
         sys.exit(0 if asked else 2)
     sys.argv[:2] = [named(word) if named else f"{program} {word}"]
     commands[word]()
