@@ -33,7 +33,10 @@ class Request:
     title: str
     """As it stands in the list of processes."""
     path: tuple[str, ...] = ()
-    """`sys.path` of the asker: where the function's module is."""
+    """`sys.path` of the asker: where the function's module is. Relative ones are meant from where the asker is."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", tuple(os.path.abspath(entry) for entry in self.path))
 
     def encode(self) -> bytes:
         return json.dumps(asdict(self)).encode()

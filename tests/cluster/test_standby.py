@@ -162,7 +162,7 @@ def test_a_child_ends_with_its_asker(plain: bool, tmp_path: Path) -> None:
         "import os, sys, time; from tests.cluster.standby_children import *\n"
         f"start = start_plain if {plain} else find({str(folder)!r}, LIGHT, watch={os.getpid()}).start\n"
         "ours, theirs = os.pipe(); child = start(request('wait_for_ever'), 1, 2, [theirs])\n"
-        "os.read(ours, 4); print(child.pid, flush=True); time.sleep(1000)"
+        "os.close(theirs); os.read(ours, 4); print(child.pid, flush=True); time.sleep(1000)"
     )
     asker = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=loop.ROOT)
     assert asker.stdout is not None
