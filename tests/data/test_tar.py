@@ -1,15 +1,20 @@
 """The walk over a tar: whole, or refused; never a hang, a full memory, or an error of tarfile's."""
 
+import io
 import tarfile
 import time
 
 import numpy as np
 import pytest
+import webdataset
+from hypothesis import given, strategies as st
+from webdataset.tariterators import base_plus_ext
 
 from ddpm_dist.data import tar
 from ddpm_dist.errors import ShardError
 from tests.data.others import image, tarred, with_size
 
+NAMES = st.lists(st.sampled_from(["a", "ä", ".", "..", "/", "//", "jpg", "CLS", "__x__", "\n", " "]), max_size=8)
 FIRST = 512 + 512 * -(-len(image()) // 512)
 
 
@@ -109,3 +114,20 @@ def test_headers_altered_behind_their_checksum(form: int) -> None:
             answers.add("refused")
     assert answers == {"walked", "refused"}
     assert time.monotonic() - started < 60
+
+
+@given(NAMES.map("".join))
+def test_a_key_ends_where_webdataset_ends_it(path: str) -> None:
+    key, extension = base_plus_ext(path)
+    assert tar.KEYS[tar.FIRST_DOT](path) == (key, extension or "")
+
+
+def test_shards_are_what_webdatasets_writer_writes() -> None:
+    content = np.random.default_rng(0).bytes(70_000)
+    keys = ["0", "a/b_1", "ä", "long/" + "x" * 300, "y" * 98]
+    samples = [(key, {"png": content[: 700 * n], "cls": b"3", "json": b""}) for n, key in enumerate(keys, start=1)]
+    theirs = io.BytesIO()
+    with webdataset.TarWriter(theirs, encoder=False, mtime=0, user="", group="") as writer:
+        for key, files in samples:
+            writer.write({"__key__": key, **files})
+    assert tar.write_tar(samples) == theirs.getvalue()
