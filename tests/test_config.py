@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ddpm_dist.config import Config, check_url
+from ddpm_dist.config import Config, check_url, streams_before_0_2
 from ddpm_dist.errors import ConfigError
 from ddpm_dist.recipe import differences, dump_config, load_config, parse_config
 from ddpm_dist.snapshot import build
@@ -141,9 +141,24 @@ def test_what_cannot_work_is_refused_by_name(overrides: list[str], message: str)
         make(*overrides)
 
 
-@pytest.mark.parametrize(("batch", "streams"), [(96, 32), (128, 32), (7, 7), (62, 31), (37, 1)])
-def test_streams_are_the_largest_divisor_up_to_32(batch: int, streams: int) -> None:
+@pytest.mark.parametrize(
+    ("batch", "streams", "before"),
+    [
+        (96, 32, 32),
+        (128, 32, 32),
+        (7, 7, 7),
+        (62, 31, 31),
+        (37, 1, 1),
+        (512, 128, 32),
+        (1000, 250, 25),
+        (65_536, 16_384, 32),
+    ],
+)
+def test_streams_grow_with_the_batch_and_stay_what_they_were_in_small_ones(
+    batch: int, streams: int, before: int
+) -> None:
     assert make(f"train.global_batch={batch}").streams == streams
+    assert streams_before_0_2(batch) == before
 
 
 @pytest.mark.parametrize(("workers", "expected"), [("3", (3, 3)), ("[2, 6]", (2, 6))])

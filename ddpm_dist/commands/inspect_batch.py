@@ -61,7 +61,9 @@ def parse(argv: Sequence[str] | None) -> Any:
     parser.add_argument("urls", nargs="+", metavar="DATA_URL")
     parser.add_argument("--seed", type=cli.seed, default=0, help="run.seed (default: %(default)s)")
     parser.add_argument("--global-batch", type=cli.positive, required=True, metavar="B", help="train.global_batch")
-    parser.add_argument("--streams", type=cli.positive, metavar="S", help="default: the largest divisor of B up to 32")
+    parser.add_argument(
+        "--streams", type=cli.positive, metavar="S", help="default: that of a new run; a run's config.yaml says its own"
+    )
     parser.add_argument(
         "--shuffle-block",
         type=cli.positive,

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
         check_url as check_url,
     )
     from ddpm_dist.config.cluster import ClusterConfig as ClusterConfig, LoggingConfig as LoggingConfig
-    from ddpm_dist.config.data import DataConfig as DataConfig, default_streams as default_streams
+    from ddpm_dist.config.data import (
+        DataConfig as DataConfig,
+        default_streams as default_streams,
+        streams_before_0_2 as streams_before_0_2,
+    )
     from ddpm_dist.config.diffusion import DiffusionConfig as DiffusionConfig
     from ddpm_dist.config.model import ModelConfig as ModelConfig
     from ddpm_dist.config.run import Config as Config, RunConfig as RunConfig
@@ -33,7 +37,7 @@ if TYPE_CHECKING:
 __all__, _asked = lazily(
     __name__,
     run="Config RunConfig",
-    data="DataConfig default_streams",
+    data="DataConfig default_streams streams_before_0_2",
     model="ModelConfig",
     diffusion="DiffusionConfig",
     training="TrainConfig EmaConfig ZeroConfig CheckpointConfig",

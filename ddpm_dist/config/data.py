@@ -21,8 +21,9 @@ class DataConfig(Section):
     flip: bool = False
     """Random horizontal flips, by (seed, epoch, sample)."""
     streams: Positive | None = None
-    """Canonical streams S that the shards are dealt to; divides the global batch. Default: the largest
-    divisor of the global batch up to 32."""
+    """Canonical streams S that the shards are dealt to; divides the global batch. A rank reads whole streams: with more
+    workers than streams, it reads samples that others use. Default: the largest divisor of the global batch up to 32 or
+    a quarter of it, whichever is more; a run that was begun when it was 32 alone keeps that."""
     shuffle_block: Positive = 4096
     """Samples of a stream that are permuted together."""
     workers: Free[Count] = 0
@@ -41,9 +42,21 @@ class DataConfig(Section):
     """Names of shards to leave out; this makes a new content id, recorded with its step."""
 
 
+MOST_STREAMS_BEFORE = 32
+
+
 def default_streams(global_batch: int) -> int:
-    """The largest divisor of the global batch up to 32."""
-    return max(s for s in range(1, min(global_batch, 32) + 1) if global_batch % s == 0)
+    """The largest divisor of the global batch up to 32 or a quarter of it: with 4 images a rank, none is read twice."""
+    return _largest_divisor(global_batch, max(MOST_STREAMS_BEFORE, global_batch // 4))
+
+
+def streams_before_0_2(global_batch: int) -> int:
+    """What `null` meant in configurations that versions before 0.2 saved."""
+    return _largest_divisor(global_batch, MOST_STREAMS_BEFORE)
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return next(d for d in range(min(number, most), 0, -1) if number % d == 0)
 
 
 def check_streams(streams: int, batch: int) -> None:

@@ -54,6 +54,7 @@ class Loader:
         if batch % world:
             raise ConfigError(f"train.global_batch: {batch} can't be shared by {world} ranks")
         self._cfg, self._pinned = cfg, pinned
+        self._rank, self._world = rank, world
         self._indexes, weights = open_sets(cfg)
         self._order = make_order(cfg, self._indexes, weights)
         self._places = share_of(rank, world, batch)
@@ -76,6 +77,8 @@ class Loader:
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         """The batches from a step on, over all epochs, without end."""
+        if self._rank == 0 and (remark := reading_twice(self._cfg, self._order, self._world)):
+            log.warning("%s", remark)
         found = in_background(lambda: self._finished(start_step), self._batches_ahead())
         self._open.append(found)
         return found
@@ -224,9 +227,22 @@ def check_memory(cfg: Config, order: Order, indexes: list[DataIndex]) -> None:
         fits = max(1, largest * cfg.data.buffer_bytes // needed)
         raise ConfigError(
             f"data.shuffle_block: {cfg.data.shuffle_block} samples of each stream of a rank are {needed} bytes at "
-            f"{world} workers, data.buffer_bytes allows {cfg.data.buffer_bytes}; use a block of {fits}, more bytes, "
-            f"or more workers"
+            f"{world} workers, data.buffer_bytes allows {cfg.data.buffer_bytes}; use a block of {fits}, fewer "
+            f"data.streams than {order.streams}, more bytes, or more workers"
         )
+
+
+def reading_twice(cfg: Config, order: Order, world: int) -> str | None:
+    """What it costs that streams have several readers, and what would mend it; None where each has one."""
+    if world <= order.streams:
+        return None
+    places = share_of(0, world, order.global_batch)
+    read = sum(order.sets[d].width(stream) for d, stream, _, _ in order.runs(*places))
+    return (
+        f"data.streams: {order.streams} streams for {world} workers, each of which reads whole streams: "
+        f"{read / (places[1] - places[0]):.3g} samples come from the store for each that is used. The order of a run "
+        f"rests on this number; a new run with data.streams={max(world, cfg.worker_range[1])} reads each once"
+    )
 
 
 def flip(part: Part, seed: int) -> None:

@@ -231,7 +231,7 @@ class Order:
             "weights": weights,
         }
         """What `Order(**arguments)` makes the same order of, in another process."""
-        self.global_batch = global_batch
+        self.global_batch, self.streams = global_batch, streams
         self.firsts = [sum(split[:d]) for d in range(len(split) + 1)]
         self.sets = [
             SetOrder(

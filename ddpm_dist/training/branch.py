@@ -21,7 +21,8 @@ from ddpm_dist.recipe import parse_config
 from ddpm_dist.snapshot import Task
 from ddpm_dist.state import MANIFEST, Manifest, newest_state, read_full, read_manifest, read_state
 from ddpm_dist.training.ema import MAIN, Ema, power_label
-from ddpm_dist.training.run_folder import newest_snapshot, saved_config
+from ddpm_dist.training.run_folder import newest_snapshot
+from ddpm_dist.training.saved import binding_config, saved_config, with_streams
 
 log = logging.getLogger(__name__)
 
@@ -42,16 +43,22 @@ class Origin:
 
 
 def resolve(cfg: Config) -> Config:
-    """The recipe with what it leaves open in model and diffusion as run.init_from has it.
+    """The recipe with what it leaves open: data.streams as the run in its folder has it, or the default's number; of
+    model and diffusion what run.init_from has.
 
     Before any worker starts. Raises ConfigError for an origin that is none, and for each difference that isn't meant.
     A run that has a state of its own goes on without its origin.
     """
+    storage.check_access(cfg.run.url, "run.url")
+    cfg = _like_origin(cfg)
+    return with_streams(cfg, binding_config(cfg.run.url)) if cfg.data.streams is None else cfg
+
+
+def _like_origin(cfg: Config) -> Config:
     if cfg.run.init_from is None:
         if cfg.run.init_changes:
             raise ConfigError("run.init_changes: names differences from run.init_from, which isn't given")
         return cfg
-    storage.check_access(cfg.run.url, "run.url")
     if newest_state(cfg.run.url) is not None:
         saved = saved_config(cfg.run.url)
         assert saved is not None, "a state holds its configuration"

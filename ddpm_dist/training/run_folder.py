@@ -25,9 +25,9 @@ from typing import Any
 from ddpm_dist import storage
 from ddpm_dist.config import Config
 from ddpm_dist.errors import AccessError, ClaimError, ConfigError, NotFoundError, StorageError
-from ddpm_dist.recipe import differences, dump_config, parse_config
+from ddpm_dist.recipe import differences, dump_config
 from ddpm_dist.snapshot import check_folder
-from ddpm_dist.state import newest_state, read_manifest
+from ddpm_dist.training.saved import binding_config, saved_config, with_streams
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +46,10 @@ def check(cfg: Config) -> None:
     Writes nothing. Raises StorageError, or ConfigError with the list of identity keys that differ.
     """
     storage.check_access(cfg.run.url, "run.url")
-    old = saved_config(cfg.run.url)
-    if old is None or not storage.list_names(storage.join(cfg.run.url, "checkpoints", "owner")):
-        return  # nobody has trained here yet: a configuration that never worked binds nobody
-    found = differences(old, cfg)
+    old = binding_config(cfg.run.url)
+    if old is None:
+        return
+    found = differences(old, with_streams(cfg, old))
     if found["identity"]:
         raise ConfigError(
             f"run.url: {cfg.run.url} holds a run of another configuration:\n  "
@@ -61,22 +61,13 @@ def check(cfg: Config) -> None:
 def adopt(cfg: Config) -> None:
     """Makes this the run's configuration, and forgets an old wish to stop; for the folder's owner alone."""
     old = saved_config(cfg.run.url)
+    cfg = with_streams(cfg, old)
     text = dump_config(cfg)
     for change in differences(old, cfg)["schedule"] if old is not None else ():
         log.info("the schedule changes: %s", change)
     if old is None or dump_config(old) != text:
         storage.publish(storage.join(cfg.run.url, "config.yaml"), text.encode())
     _forget_stop(storage.join(cfg.run.url, "stop"))
-
-
-def saved_config(run_url: str) -> Config | None:
-    """What the run is, by its config.yaml, or where somebody removed that, by its newest state."""
-    url = storage.join(run_url, "config.yaml")
-    try:
-        return parse_config(storage.read(url).decode(errors="replace"), source=storage.redact(url))
-    except NotFoundError:
-        state = newest_state(run_url)
-        return parse_config(read_manifest(state).meta["config"], source=state) if state is not None else None
 
 
 def take_over(run_url: str, token: str) -> None:

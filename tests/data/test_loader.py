@@ -147,6 +147,20 @@ def test_memory_is_checked_at_the_start(tmp_path: Path) -> None:
     Loader(config(url, shuffle_block=fits, buffer_bytes=200_000), 0, 1)
 
 
+def test_a_start_says_what_too_few_streams_cost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    url = f"file://{tmp_path}"
+    write_set(url, COUNTS)
+    for world, streams, cost in ((6, 6, None), (12, 6, "2 samples come"), (24, 3, "8 samples come"), (24, 24, None)):
+        caplog.clear()
+        loader = Loader(config(url, streams=streams), 0, world)
+        next(loader.batches(0))
+        loader.close()
+        assert (cost is None) == ("data.streams" not in caplog.text)
+        if cost:
+            assert f"{cost} from the store for each" in caplog.text
+            assert f"data.streams={world} reads each once" in caplog.text
+
+
 def test_blocks_in_memory_stay_within_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ddpm_dist.data import stream
 

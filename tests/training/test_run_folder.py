@@ -12,9 +12,10 @@ import torch
 from ddpm_dist import snapshot, storage
 from ddpm_dist.engine import World
 from ddpm_dist.errors import ClaimError, ConfigError
-from ddpm_dist.recipe import parse_config
+from ddpm_dist.recipe import dump_config, parse_config
 from ddpm_dist.state import StateStore
 from ddpm_dist.training import run_folder
+from ddpm_dist.training.branch import resolve
 
 ALONE = World(0, 1, 0, torch.device("cpu"), "gloo")
 RECIPE = """
@@ -72,6 +73,32 @@ def test_another_configuration_is_refused_with_the_list(url) -> None:
 def test_a_configuration_that_never_trained_binds_nobody(url) -> None:
     run_folder.adopt(config(url, "train.lr=0.1"))
     run_folder.check(config(url))
+
+
+BIG = "train.global_batch=512"
+
+
+def test_a_new_run_writes_down_the_number_of_its_streams(url) -> None:
+    cfg = resolve(config(url, BIG))
+    assert cfg.data.streams == 128
+    prepare(cfg)
+    assert b"streams: 128" in storage.read(f"{url}/config.yaml")
+    assert resolve(config(url, BIG)) == cfg
+    with pytest.raises(ConfigError, match=r"data\.streams: 128 -> 64"):
+        run_folder.check(resolve(config(url, BIG, "data.streams=64")))
+
+
+def test_a_run_of_before_keeps_the_streams_of_its_time(url) -> None:
+    storage.publish(f"{url}/config.yaml", dump_config(config(url, BIG)).encode())  # as it was: null
+    assert b"streams: null" in storage.read(f"{url}/config.yaml")
+    assert resolve(config(url, BIG)).streams == 128, "nobody has trained there yet"
+    storage.publish(f"{url}/checkpoints/owner/000001", b"{}")
+    cfg = resolve(config(url, BIG))
+    assert cfg.streams == 32
+    run_folder.check(cfg)
+    run_folder.check(config(url, BIG, "data.streams=32"))
+    with pytest.raises(ConfigError, match=r"data\.streams: 32 -> 128"):
+        run_folder.check(resolve(config(url, BIG, "data.streams=128")))
 
 
 def test_a_check_writes_nothing(url) -> None:
