@@ -19,7 +19,7 @@ from typing import Any
 
 from ddpm_dist import cli, storage
 from ddpm_dist.commands import sample as sampling_command
-from ddpm_dist.config import Config
+from ddpm_dist.config import Config, DataConfig
 from ddpm_dist.errors import EvaluationError, NotFoundError
 from ddpm_dist.evaluation import Order, check_used, instead, job, write_report
 from ddpm_dist.evaluation.follow import follow
@@ -46,9 +46,13 @@ def parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--snapshot", metavar="URL", type=cli.url, help="draw samples from this, and don't keep them")
     parser.add_argument("--data", metavar="URL", type=cli.url, help="data set to compare with; default: data.url")
     parser.add_argument(
+        "--data-index", metavar="URL", type=cli.url, help="folder of its index, if not with its shards; see data.index"
+    )
+    parser.add_argument(
         "--reference", metavar="URL", type=cli.url, help="statistics file (.npz) to compare with, instead of --data"
     )
     parser.add_argument("--held-out", metavar="URL", type=cli.url, help="data set for bits_per_dim; default: --data")
+    parser.add_argument("--held-out-index", metavar="URL", type=cli.url, help="folder of its index, as --data-index")
     parser.add_argument("--metrics", metavar="A,B", help="default: evaluation.metrics")
     parser.add_argument(
         "--network",
@@ -106,8 +110,10 @@ def make_order(args: argparse.Namespace, cfg: Config) -> Order:
         samples=args.samples,
         snapshot=args.snapshot,
         data=data,
+        data_index=args.data_index or index_of(cfg.data, data),
         reference=args.reference,
         held_out=args.held_out,
+        held_out_index=args.held_out_index or index_of(cfg.data, args.held_out),
         metrics=names,
         networks={**cfg.evaluation.networks, **given},
         num_samples=args.num_samples or (cfg.evaluation.num_samples if args.snapshot else None),
@@ -117,6 +123,13 @@ def make_order(args: argparse.Namespace, cfg: Config) -> Order:
         out=args.out or (storage.join(cfg.run.url, "evaluation") if args.config or args.follow else None),
         nearest=NEAREST,
     )
+
+
+def index_of(data: DataConfig, url: str | None) -> str | None:
+    """Where a configuration says that the index of a data set lies; None: with the shards, or a set unknown to it."""
+    if isinstance(data.index, str):
+        return data.index if url == data.url else None
+    return (data.index or {}).get(url or "")
 
 
 def table(result: dict[str, Any]) -> str:

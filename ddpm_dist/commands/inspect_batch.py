@@ -4,8 +4,8 @@
 
 prints {"step": 1234, "epoch": 88, "ranks": [[key, …], …]}. Nothing is replayed. A sample that can't be decoded is
 named on stderr, and the key of the one that the training took instead stands at its place. --streams,
---shuffle-block and --exclude are the run's data.streams, data.shuffle_block and data.exclude_shards; of a mix, give
-each URL=WEIGHT.
+--shuffle-block, --exclude and --index are the run's data.streams, data.shuffle_block, data.exclude_shards and
+data.index; of a mix, give each URL=WEIGHT.
 """
 
 import argparse
@@ -36,13 +36,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, number in (("--world", args.world), ("--streams", args.streams or 1)):
         if args.global_batch % number:
             raise ConfigError(f"{name} {number} doesn't divide --global-batch {args.global_batch}")
+    urls = dict(map(_weighted, args.urls))
     view = BatchView(
-        dict(map(_weighted, args.urls)),
+        urls,
         seed=args.seed,
         global_batch=args.global_batch,
         streams=args.streams,
         shuffle_block=args.shuffle_block,
         exclude=args.exclude,
+        indexes=dict(_index_of(text, list(urls)) for text in args.index),
     )
     samples = view.samples(args.step)
     keys = [key for key, _ in samples]
@@ -72,6 +74,13 @@ def parse(argv: Sequence[str] | None) -> Any:
         help="default: %(default)s",
     )
     parser.add_argument("--exclude", nargs="*", default=(), metavar="SHARD", help="shards that the run leaves out")
+    parser.add_argument(
+        "--index",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="folder of the index, where it isn't with the shards; of a mix, DATA_URL=FOLDER for each such set",
+    )
     parser.add_argument("--world", type=cli.positive, default=1, metavar="W", help="ranks (default: %(default)s)")
     parser.add_argument("--step", type=cli.count, required=True, metavar="N", help="the first is 0")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the batch, one row or more a rank")
@@ -106,3 +115,13 @@ def _weighted(text: str) -> tuple[str, float]:
     if not 0 < weight < math.inf:
         raise ConfigError(f"{text}: a weight above 0 is wanted")
     return url, weight
+
+
+def _index_of(text: str, urls: Sequence[str]) -> tuple[str, str]:
+    """(set, folder of its index) of FOLDER for the only set, or of DATA_URL=FOLDER."""
+    url = next((url for url in urls if text.startswith(f"{url}=")), None)
+    if url is not None:
+        return url, text.removeprefix(f"{url}=")
+    if len(urls) > 1:
+        raise ConfigError(f"--index {text}: of which of {len(urls)} sets? Write DATA_URL=FOLDER")
+    return urls[0], text

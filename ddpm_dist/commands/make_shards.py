@@ -65,6 +65,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="files to leave out")
     parser.add_argument(
+        "--index", metavar="URL", help="for webdataset: folder of the input's index (default: with its shards)"
+    )
+    parser.add_argument(
         "--size",
         type=cli.positive,
         metavar="PIXELS",
@@ -125,6 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tuple(args.include),
         tuple(args.exclude),
         args.sparse_labels,
+        args.index,
     )
     plan = make_plan(
         args.kind,

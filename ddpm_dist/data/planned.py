@@ -64,6 +64,7 @@ class Plan:
     def to_bytes(self) -> bytes:
         values = asdict(self)
         values["options"]["inputs"] = [without_url_secrets(place) for place in self.options.inputs]
+        values["options"]["index"] = self.options.index and without_url_secrets(self.options.index)
         return (json.dumps(values, indent=1) + "\n").encode()
 
 

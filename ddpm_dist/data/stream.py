@@ -225,14 +225,19 @@ class DecodedSample:
 
 
 def iterate(
-    url: str, part: tuple[int, int] = (0, 1), image_size: int | None = None, channels: int | None = None
+    url: str,
+    part: tuple[int, int] = (0, 1),
+    image_size: int | None = None,
+    channels: int | None = None,
+    at: str | None = None,
 ) -> Iterator[DecodedSample]:
     """All samples of a data set in the order of its index, each once, or the k-th of n equal parts of them.
 
+    at: folder of the index, if it isn't with the shards.
     Made for evaluation: a sample that can't be decoded is a BadSamplesError, since a measure over
     another set would be another measure.
     """
-    for sample in iterate_raw(url, part):
+    for sample in iterate_raw(url, part, at):
         try:
             image = decode(sample.image, image_size, channels)
         except BadSampleError as error:
@@ -241,9 +246,9 @@ def iterate(
         yield DecodedSample(sample.key, np.ascontiguousarray(image.transpose(2, 0, 1)), label)
 
 
-def iterate_raw(url: str, part: tuple[int, int] = (0, 1)) -> Iterator[Sample]:
+def iterate_raw(url: str, part: tuple[int, int] = (0, 1), at: str | None = None) -> Iterator[Sample]:
     """As `iterate`, not decoded."""
-    index = load_index(url)
+    index = load_index(url, at=at)
     reader = ShardReader(index)
     position, last = share_of(part[0], part[1], index.num_samples)
     ends = np.cumsum(index.counts)

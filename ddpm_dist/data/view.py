@@ -17,7 +17,10 @@ THREADS = 16
 
 
 class BatchView:
-    """The batches of a mix {URL: weight}, by step; nothing is replayed. streams None: the default of that batch."""
+    """The batches of a mix {URL: weight}, by step; nothing is replayed. streams None: the default of that batch.
+
+    indexes: {URL: folder of its index} of the sets whose index isn't with the shards.
+    """
 
     def __init__(
         self,
@@ -28,12 +31,13 @@ class BatchView:
         streams: int | None,
         shuffle_block: int,
         exclude: Sequence[str] = (),
+        indexes: Mapping[str, str] | None = None,
     ) -> None:
-        indexes, weights = open_urls(dict(urls), exclude)
+        sets, weights = open_urls(dict(urls), exclude, indexes)
         self.global_batch = global_batch
-        self._readers = [ShardReader(index) for index in indexes]
+        self._readers = [ShardReader(index) for index in sets]
         self._order = Order(
-            [index.counts for index in indexes],
+            [index.counts for index in sets],
             seed=seed,
             global_batch=global_batch,
             streams=streams or default_streams(global_batch),

@@ -11,7 +11,7 @@ import torch
 
 from ddpm_dist import storage
 from ddpm_dist.cluster import ActorPool, Failed
-from ddpm_dist.data import DataIndex, iterate, load_index
+from ddpm_dist.data import DataIndex, iterate
 from ddpm_dist.errors import DdpmDistError, EvaluationError, UnreachableError
 from ddpm_dist.evaluation import metrics, statistics
 from ddpm_dist.evaluation.features import FeatureNetwork, open_network
@@ -49,10 +49,10 @@ class Comparison:
         """(size, channels)."""
         return self.size, self.channels
 
-    def parts(self, url: str, count: int) -> list[SetPart]:
-        """Parts of a set, enough for all workers and small enough to be done again."""
+    def parts(self, url: str, count: int, at: str | None = None) -> list[SetPart]:
+        """Parts of a set, enough for all workers and small enough to be done again. at: as in `load_index`."""
         number = max(1, min(-(-count // PART_IMAGES), 4 * self.most_workers))
-        return [SetPart(url, (k, number), self.size, self.channels) for k in range(number)]
+        return [SetPart(url, (k, number), self.size, self.channels, at) for k in range(number)]
 
     def references(self, data: DataIndex | None, count: int) -> dict[str, Reference]:
         """The given one; else stored ones where they are, and what is missing computed and stored.
@@ -63,14 +63,14 @@ class Comparison:
             return dict.fromkeys(self.networks, self.given)
         assert data is not None
         urls = {
-            name: statistics.statistics_url(data.url, data.content_id, self.size, self.channels, network, KEPT)
+            name: statistics.statistics_url(data.home, data.content_id, self.size, self.channels, network, KEPT)
             for name, network in self.networks.items()
         }
         stored = {name: statistics.load(url) for name, url in urls.items()}
         found = {name: summary for name, summary in stored.items() if summary is not None}
         missing = [name for name in self.networks if name not in found]
         if missing:
-            made = self.summaries(data.url, data.num_samples, halves=True, only=missing)
+            made = self.summaries(data.url, data.num_samples, halves=True, only=missing, at=data.at)
             for name, summary in made.items():
                 statistics.save(urls[name], summary, self.networks[name], self.shape, data.content_id)
                 found[name] = summary
@@ -80,13 +80,20 @@ class Comparison:
         return dict(found)
 
     def summaries(
-        self, url: str, count: int, *, halves: bool, limit: int = EVERYTHING, only: Sequence[str] | None = None
+        self,
+        url: str,
+        count: int,
+        *,
+        halves: bool,
+        limit: int = EVERYTHING,
+        only: Sequence[str] | None = None,
+        at: str | None = None,
     ) -> dict[str, Summary]:
-        """{network: summary} of a set, merged as its parts come in."""
+        """{network: summary} of a set, merged as its parts come in. at: as in `load_index`."""
         names = list(self.networks if only is None else only)
         specs = {self.specs[name]: name for name in names}
         keep = KEPT if halves else self.keep
-        tasks = [SummaryTask(part, tuple(specs), halves, keep, limit) for part in self.parts(url, count)]
+        tasks = [SummaryTask(part, tuple(specs), halves, keep, limit) for part in self.parts(url, count, at)]
         whole: dict[str, Summary] = {}
         with Progress(f"features of {storage.redact(url)}", "image", min(count, limit)) as progress:
             for outcome in self.pool.map(tasks):
@@ -134,12 +141,12 @@ def open_networks(order: Order, shape: tuple[int, int]) -> dict[str, FeatureNetw
 
 
 def mean_bits_per_dim(order: Order, manifest: Manifest | None, compare: Comparison) -> dict[str, float]:
-    url, from_snapshot = order.held_out or order.data, order.snapshot or (manifest.snapshot if manifest else None)
-    assert url is not None
+    index, from_snapshot = order.likelihood_set(), order.snapshot or (manifest.snapshot if manifest else None)
+    assert index is not None
     if from_snapshot is None:
         raise EvaluationError(f"{BITS_PER_DIM}: needs a snapshot, and the samples have no manifest that names theirs")
-    total = load_index(url).num_samples
-    tasks = [LikelihoodTask(part, from_snapshot, order.seed, EVERYTHING) for part in compare.parts(url, total)]
+    total, parts = index.num_samples, compare.parts(index.url, index.num_samples, index.at)
+    tasks = [LikelihoodTask(part, from_snapshot, order.seed, EVERYTHING) for part in parts]
     sums = np.zeros(4)
     with Progress("bits/dim", "image", total) as progress:
         for outcome in compare.pool.map(tasks):
@@ -159,7 +166,7 @@ def nearest(order: Order, compare: Comparison, samples: str, data: DataIndex, na
     first = itertools.islice(iterate(samples, (0, 1), compare.size, compare.channels), order.nearest)
     images = torch.from_numpy(np.stack([sample.image for sample in first]))
     queries = network(images).features
-    tasks = [NearestTask(part, spec, queries.numpy()) for part in compare.parts(data.url, data.num_samples)]
+    tasks = [NearestTask(part, spec, queries.numpy()) for part in compare.parts(data.url, data.num_samples, data.at)]
     distances, rows = torch.full((len(images),), math.inf, dtype=torch.float64), torch.zeros(len(images)).long()
     pictures = torch.zeros_like(images)
     for outcome in compare.pool.map(tasks):

@@ -44,9 +44,9 @@ def run(order: Order, workers: tuple[int, int], cluster: ClusterConfig) -> dict[
     """Evaluates, publishes the result into order.out if it is given, and returns it."""
     check(order)
     # A folder that holds nothing is said before any worker starts.
-    for name, url in (("data.url", order.data), ("--held-out", order.held_out)):
-        if url is not None:
-            load_index(url, name)
+    order.data_set()
+    if order.held_out is not None:
+        order.likelihood_set()
     if order.samples is not None:
         sample_index(order.samples)
     with ActorPool(worker_factory(cluster), workers, cluster) as pool:
@@ -130,7 +130,7 @@ def _evaluate(
     if manifest is None and order.snapshot is not None:
         raise EvaluationError(f"{storage.redact(samples)}: its manifest was taken away while the images were drawn")
     count = question.count
-    data = load_index(order.data) if order.data else None
+    data = order.data_set()
     networks = compare.networks
     references = compare.references(data, count) if compare.wanted else {}
     own = compare.summaries(samples, index.num_samples, halves=False, limit=count) if compare.wanted else {}

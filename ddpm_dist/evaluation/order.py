@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ddpm_dist.config import SamplingConfig
+from ddpm_dist.data import DataIndex, load_index
 from ddpm_dist.errors import EvaluationError
 from ddpm_dist.evaluation import metrics
 
@@ -21,10 +22,14 @@ class Order:
     """Snapshot to draw samples from; they are deleted afterwards."""
     data: str | None = None
     """Data set to compare with."""
+    data_index: str | None = None
+    """Folder of its index, if it isn't with the shards."""
     reference: str | None = None
     """Statistics file (.npz) to compare with, instead of a data set."""
     held_out: str | None = None
     """Data set for bits_per_dim; default: data."""
+    held_out_index: str | None = None
+    """Folder of its index, if it isn't with the shards."""
     metrics: tuple[str, ...] = ("frechet_pixel", "frechet_lite0")
     networks: Mapping[str, str] = field(default_factory=dict)
     """{name: URL} of feature networks beside pixel and lite0."""
@@ -42,6 +47,16 @@ class Order:
         """The same question about a snapshot, its result in a folder."""
         return replace(self, samples=None, snapshot=url, out=out)
 
+    def data_set(self) -> DataIndex | None:
+        """The index of what is compared with, None where that is a file of statistics."""
+        return None if self.data is None else load_index(self.data, "--data", self.data_index)
+
+    def likelihood_set(self) -> DataIndex | None:
+        """The index of what bits_per_dim is the mean over."""
+        if self.held_out is None:
+            return self.data_set()
+        return load_index(self.held_out, "--held-out", self.held_out_index)
+
 
 def check(order: Order) -> None:
     """Raises EvaluationError for orders that can't be carried out."""
@@ -49,6 +64,12 @@ def check(order: Order) -> None:
         raise EvaluationError("give one of --samples and --snapshot: what is to be evaluated")
     if (order.data is None) == (order.reference is None):
         raise EvaluationError("give one of --data and --reference: what it is compared with")
+    for name, folder, url in (
+        ("data", order.data_index, order.data),
+        ("held-out", order.held_out_index, order.held_out),
+    ):
+        if folder is not None and url is None:
+            raise EvaluationError(f"--{name}-index {folder}: of which set? Give --{name}")
     check_metrics(order.metrics, order.networks)
     if BITS_PER_DIM in order.metrics and order.held_out is None and order.data is None:
         raise EvaluationError(f"{BITS_PER_DIM}: of which images? Give --held-out (or --data)")

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ddpm_dist import storage
-from ddpm_dist.data import load_index
 from ddpm_dist.errors import EvaluationError, NotFoundError
 from ddpm_dist.evaluation import metrics
 from ddpm_dist.evaluation.features import FeatureNetwork
@@ -77,13 +76,13 @@ def ask(
     wanted = metrics.parse(name for name in order.metrics if name != BITS_PER_DIM)
     names = iter(wanted)
     canonical = [name if name == BITS_PER_DIM else str(next(names)) for name in order.metrics]
-    held_out = order.held_out or order.data
+    held_out = order.likelihood_set() if BITS_PER_DIM in order.metrics else None
     return Question(
         metrics=tuple(dict.fromkeys(canonical)),
         count=count,
         shape=shape,
         reference=_reference(order),
-        held_out=load_index(held_out).content_id if held_out and BITS_PER_DIM in order.metrics else None,
+        held_out=held_out.content_id if held_out else None,
         seed=order.seed,
         networks={name: network.hash for name, network in networks.items()},
         drawn=drawn,
@@ -112,8 +111,8 @@ def _drawn(sampling: Any, seed: int, labels: str) -> dict[str, Any]:
 
 
 def _reference(order: Order) -> str:
-    if order.data is not None:
-        return f"data {load_index(order.data, '--data').content_id}"
+    if data := order.data_set():
+        return f"data {data.content_id}"
     assert order.reference is not None
     try:
         return f"file {hashlib.sha256(storage.read(order.reference)).hexdigest()}"

@@ -39,7 +39,8 @@ def describe(
     """What was compared with what. subject: what the samples are of, by content."""
     reference: dict[str, Any] = {"statistics": order.reference}
     if data is not None:
-        reference = {"data": data.url, "content_id": data.content_id, "num_samples": data.num_samples, "flips": False}
+        place = {"data": data.url} if data.at is None else {"data": data.url, "index": data.at}
+        reference = {**place, "content_id": data.content_id, "num_samples": data.num_samples, "flips": False}
     return {
         "name": name_of(question, subject, manifest.step if manifest else None, _against(order, data)),
         "question": question.dump(),

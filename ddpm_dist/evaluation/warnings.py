@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ddpm_dist.data import DataIndex, load_index
+from ddpm_dist.data import DataIndex
 from ddpm_dist.evaluation.compare import Comparison
 from ddpm_dist.evaluation.metrics import Reference
 from ddpm_dist.evaluation.moments import Summary
@@ -31,8 +31,9 @@ def warnings(
             found.append(
                 f"the reference's statistics don't say of which network they are: they are taken for {names}'s"
             )
-    if BITS_PER_DIM in order.metrics and order.held_out is not None:
-        found += _resized("--held-out", load_index(order.held_out), compare.size)
+    held_out = order.likelihood_set() if BITS_PER_DIM in order.metrics and order.held_out is not None else None
+    if held_out is not None:
+        found += _resized("--held-out", held_out, compare.size)
     return found
 
 

@@ -37,6 +37,8 @@ class SetPart:
     part: tuple[int, int]
     image_size: int
     channels: int
+    at: str | None = None
+    """Folder of the set's index, if it isn't with the shards."""
 
     def __str__(self) -> str:
         return f"part {self.part[0] + 1} of {self.part[1]} of {self.url}"
@@ -206,8 +208,8 @@ def _check_finite(output: Output, name: str, images: SetPart, first: int) -> Non
 
 def _blocks(images: SetPart, size: int, limit: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """(index of the first, uint8 [n, C, H, W], labels [n] or None) of a part, in order, no image beyond `limit`."""
-    first, _ = share_of(*images.part, load_index(images.url).num_samples)
-    samples = iterate(images.url, images.part, images.image_size, images.channels)
+    first, _ = share_of(*images.part, load_index(images.url, at=images.at).num_samples)
+    samples = iterate(images.url, images.part, images.image_size, images.channels, images.at)
     samples = itertools.islice(samples, max(0, limit - first))
     while block := list(itertools.islice(samples, size)):
         labels = [sample.label for sample in block]

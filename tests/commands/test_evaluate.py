@@ -66,6 +66,19 @@ def test_all_words(recipe: str) -> None:
     assert configured.networks == {"inception": "memory://w.pth", "mine": "memory://m.pt"}
 
 
+def test_where_the_indexes_lie(recipe: str, tmp_path: Path) -> None:
+    """By data.index for the sets of data.url, by words of their own for others."""
+    set_, other = f"file://{tmp_path}/data", "memory://other"
+    for configured in ("data.index=memory://i", f"data.index={{'{set_}': memory://i}}"):
+        found = order("--config", recipe, "--held-out", set_, configured)
+        assert (found.data_index, found.held_out_index) == ("memory://i", "memory://i")
+        found = order("--config", recipe, "--data", other, "--held-out", other, configured)
+        assert (found.data_index, found.held_out_index) == (None, None)
+    words = ("--held-out", other, "--data-index", "memory://j", "--held-out-index", "memory://k")
+    found = order("--config", recipe, *words, "data.index=memory://i")
+    assert (found.data_index, found.held_out_index) == ("memory://j", "memory://k")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -72,6 +72,22 @@ def test_it_inspects_mixes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert found["ranks"][0] == global_batches(config(urls), 1, 3, 1)[0][0]
 
 
+def test_the_index_lies_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    urls = {f"file://{tmp_path}/a": 1.0, f"file://{tmp_path}/b": 1.0}
+    for seed, url in enumerate(urls):
+        write_set(url, [50], seed=seed)
+    wanted, settings = global_batches(config(urls), 1, 3, 1)[0][0], ["--global-batch", "24", "--shuffle-block", "16"]
+    (tmp_path / "b/index.json").rename(tmp_path / "index.json")
+    (tmp_path / "b/index").rename(tmp_path / "index")
+    words = [*urls, "--seed", "5", *settings, "--step", "3"]
+    inspect_batch.main([*words, "--index", f"file://{tmp_path}/b=file://{tmp_path}"])
+    assert json.loads(capsys.readouterr().out)["ranks"][0] == wanted
+    with pytest.raises(ConfigError, match=r"--index file:.*: of which of 2 sets\? Write DATA_URL=FOLDER"):
+        inspect_batch.main([*words, "--index", f"file://{tmp_path}"])
+    inspect_batch.main([*words[1:], "--index", f"file://{tmp_path}"])
+    assert len(json.loads(capsys.readouterr().out)["ranks"][0]) == 24
+
+
 def test_a_world_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--world 5 doesn't divide --global-batch 24"):
         inspect_batch.main([f"file://{tmp_path}", "--global-batch", "24", "--world", "5", "--step", "0"])

@@ -242,7 +242,13 @@ def test_lsun_lmdb(tmp_path: Path) -> None:
 
 def test_webdataset(tmp_path: Path) -> None:
     write_set(f"file://{tmp_path}", [4, 2])
-    check(opened("webdataset", f"file://{tmp_path}"), labels=[i % 7 for i in range(6)])
+    labels = [i % 7 for i in range(6)]
+    check(opened("webdataset", f"file://{tmp_path}"), labels=labels)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("index", "index.json"):
+        (tmp_path / name).rename(tmp_path / "elsewhere" / name)
+    check(opened("webdataset", tmp_path, index=str(tmp_path / "elsewhere")), labels=labels)
+    check(opened("webdataset", f"file://{tmp_path}", index=f"file://{tmp_path}/elsewhere"), labels=labels)
 
 
 def test_emoji_are_composited_and_split_by_base_code_point(tmp_path: Path) -> None:
@@ -289,6 +295,7 @@ def test_wrong_kinds_and_inputs_have_clear_messages(tmp_path: Path) -> None:
         ("npz", {"split": "test"}, "--split test: npz has no parts; fashion-mnist"),
         ("lsun", {"labels": "a.csv"}, r"--labels a\.csv: lsun takes its labels from the input alone; leave the option"),
         ("idx", {"images": "x"}, "--images x: idx has no names for it; npz, parquet have"),
+        ("folder", {"index": "file:///x"}, "--index file:///x: folder has no index; the input webdataset has one"),
         ("npz", {"include": ("*",)}, "--include, --exclude: npz is not made of files; folder, zip, tar, parquet are"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -195,6 +195,34 @@ def test_bits_per_dim_of_images_without_labels_takes_the_null_class(tmp_path: Pa
     assert found["bits_per_dim"] == pytest.approx(float(bits.total.mean()), rel=1e-5)  # type: ignore[index]
 
 
+def test_indexes_that_lie_elsewhere(tmp_path: Path, sets: tuple[str, str]) -> None:
+    """Sets that can't be written to: all passes over them take their index, and statistics are kept beside it."""
+    held_out = make_set(f"file://{tmp_path}/held-out", pictures(11, 5))
+    wanted = evaluate(Order(samples=sets[0], data=sets[1], metrics=PIXEL, nearest=3))
+    homes = []
+    for url in (sets[1], held_out):
+        place, home = Path(url.removeprefix("file://")), Path(f"{url.removeprefix('file://')}-index")
+        home.mkdir()
+        for name in ("index.json", "index"):
+            (place / name).rename(home / name)
+        homes.append(f"file://{home}")
+    shutil.rmtree(tmp_path / "data/statistics")
+    order = Order(samples=sets[0], data=sets[1], data_index=homes[0], metrics=PIXEL, nearest=3)
+    found = evaluate(order)
+    assert found["metrics"] == wanted["metrics"]
+    assert found["nearest"] == wanted["nearest"]
+    assert found["question"] == wanted["question"]
+    assert found["reference"]["index"] == homes[0]  # type: ignore[index]
+    assert (tmp_path / "data-index/statistics").is_dir()
+    assert not (tmp_path / "data/statistics").exists()
+    out, url = f"file://{tmp_path}/out", make_snapshot(f"file://{tmp_path}/snapshot")
+    sampling_job.run([make_order(url, out, 8)], (1, 3), CLUSTER, InProcess())  # type: ignore[arg-type]
+    bits = replace(order, samples=out, held_out=held_out, held_out_index=homes[1], metrics=("bits_per_dim",), nearest=0)
+    assert "bits_per_dim" in evaluate(bits)["metrics"]  # type: ignore[operator]
+    with pytest.raises(EvaluationError, match=f"--held-out-index {homes[1]}: of which set"):
+        evaluate(replace(bits, held_out=None))
+
+
 def test_warnings(tmp_path: Path, sets: tuple[str, str]) -> None:
     url = make_snapshot(f"file://{tmp_path}/raw", kind="raw")
     out = f"file://{tmp_path}/out"

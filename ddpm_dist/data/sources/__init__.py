@@ -32,6 +32,8 @@ class SourceOptions:
     """Globs of the files to take, and of those to leave out."""
     sparse: str | None = None
     """What class numbers with big gaps are: "keep" or "renumber"."""
+    index: str | None = None
+    """Folder of the input's index, if it isn't with its shards."""
 
     @property
     def choice(self) -> Choice:
@@ -43,7 +45,8 @@ class SourceOptions:
         labels = self.labels
         if labels not in (None, NONE, FOLDERS) and kind in LABELS_FROM_A_FILE:
             labels = normal(labels)
-        return replace(self, inputs=tuple(map(normal, self.inputs)), labels=labels)
+        index = None if self.index is None else normal(self.index)
+        return replace(self, inputs=tuple(map(normal, self.inputs)), labels=labels, index=index)
 
 
 SOURCES: dict[str, Callable[[SourceOptions], Source]] = {
@@ -58,7 +61,7 @@ SOURCES: dict[str, Callable[[SourceOptions], Source]] = {
     "tar": lambda o: tar_archive(_one("tar", o), o.choice),
     "parquet": lambda o: Parquet(o.inputs, o.choice, o.images),
     "lsun": lambda o: Lsun(_one("lsun", o)),
-    "webdataset": lambda o: Indexed(_one("webdataset", o)),
+    "webdataset": lambda o: Indexed(_one("webdataset", o), o.index),
 }
 IN_PARTS = ("fashion-mnist", "emoji", "cifar10", "folder", "zip", "tar", "parquet")
 LABELS_FROM_A_FILE = ("idx", "folder", "zip", "tar")
@@ -84,6 +87,8 @@ def open_source(kind: str, options: SourceOptions) -> Source:
         raise ConfigError(f"--include, --exclude: {kind} is not made of files; {', '.join(OF_FILES)} are")
     if options.sparse is not None and kind not in OF_FILES + LABELS_BY_NAME:
         raise ConfigError(f"--sparse-labels {options.sparse}: {kind} has no class numbers with gaps")
+    if options.index is not None and kind != "webdataset":
+        raise ConfigError(f"--index {options.index}: {kind} has no index; the input webdataset has one")
     return SOURCES[kind](options)
 
 

@@ -92,10 +92,13 @@ def _probe(file: Path, path: str) -> None:
 
 
 class Indexed:
-    """A WebDataset that has an index (ddpm-shards index makes one): to resize, convert or shuffle it anew."""
+    """A WebDataset that has an index (ddpm-shards index makes one): to resize, convert or shuffle it anew.
 
-    def __init__(self, url: str) -> None:
-        index = load_index(url if "://" in url else f"file://{normal(url)}")
+    at: folder of its index, if it isn't with the shards.
+    """
+
+    def __init__(self, url: str, at: str | None = None) -> None:
+        index = load_index(_as_url(url), at=None if at is None else _as_url(at))
         self._reader, self._content = ShardReader(index), index.content_id
         self._starts = [0]
         for shard in index.shards:
@@ -115,3 +118,7 @@ class Indexed:
 
     def fingerprint(self, i: int) -> bytes:
         return f"{self._content} {i}".encode()
+
+
+def _as_url(place: str) -> str:
+    return place if "://" in place else f"file://{normal(place)}"
