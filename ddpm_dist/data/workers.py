@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ddpm_dist.config import DataConfig
-from ddpm_dist.data.buffers import Buffers
+from ddpm_dist.data.buffers import Buffers, SharedBytes
 from ddpm_dist.data.decode import Pixels
 from ddpm_dist.data.fetch import ShardReader
 from ddpm_dist.data.order import Order, share_of
@@ -77,8 +77,8 @@ class _Worker:
     ) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks and CUDA's state
         shape = (SLOTS, places[1] - places[0], data.image_size, data.image_size, data.channels)
-        memory = context.RawArray("B", int(np.prod(shape)))
-        self._ring = np.frombuffer(memory, np.uint8).reshape(shape)
+        memory = SharedBytes(int(np.prod(shape)))
+        self._ring = np.frombuffer(memory.view, np.uint8).reshape(shape)
         self._free = context.Semaphore(SLOTS)
         self._results, theirs = context.Pipe(duplex=False)
         self._taken = 0
@@ -129,7 +129,7 @@ def _work(
     places: tuple[int, int],
     start_step: int,
     settings: dict[str, int],
-    memory: Any,
+    memory: SharedBytes,
     shape: tuple[int, ...],
     free: Any,
     results: Connection,
@@ -138,7 +138,7 @@ def _work(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; it ends this process
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to a whole job, it means: finish the step, save, leave
     parent = os.getppid()
-    ring = np.frombuffer(memory, np.uint8).reshape(shape)
+    ring = np.frombuffer(memory.view, np.uint8).reshape(shape)
     readers = [ShardReader(*arguments) for arguments in reader_arguments]
     try:
         for number, part in enumerate(parts(Order(**order_arguments), readers, places, start_step, **settings)):
