@@ -44,6 +44,7 @@ BRINGS: dict[str, dict[str, str]] = {
         "job": f"torch pydantic ray {SHARDS}",
         "worker export folder": f"torch numpy pydantic {PIXELS}",
         "images": f"torch numpy {PIXELS}",
+        "probing": "torch pydantic",
         "plan capture": "torch numpy pydantic",
     },
     "training": {

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
         quartile_means as quartile_means,
         training_losses as training_losses,
     )
-    from ddpm_dist.diffusion.samplers import check_settings as check_settings, sample as sample
+    from ddpm_dist.diffusion.samplers import (
+        check_settings as check_settings,
+        sample as sample,
+        trajectory as trajectory,
+    )
     from ddpm_dist.diffusion.schedules import (
         SCHEDULES as SCHEDULES,
         make_betas as make_betas,
@@ -33,7 +37,7 @@ __all__, _asked = lazily(
     gaussian="GaussianDiffusion",
     schedules="SCHEDULES make_betas rescale_zero_terminal_snr",
     losses="QUARTILES LossHistory draw_t drop_labels quartile_means training_losses",
-    samplers="check_settings sample",
+    samplers="check_settings sample trajectory",
     likelihood="bits_per_dim",
     denoiser="Network",
 )

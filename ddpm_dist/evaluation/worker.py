@@ -137,21 +137,18 @@ class EvaluationWorker:
         info = snapshot.load_info(task.snapshot)
         count, total, prior, decoder = 0, 0.0, 0.0, 0.0
         for first, images, labels in _blocks(task.images, LIKELIHOOD_BATCH, task.limit):
-            x_start = (images.to(self._device).float() / 127.5) - 1
-            indices = torch.arange(first, first + len(images), device=self._device)
             with self._computing:
                 bits = bits_per_dim(
                     network,
                     diffusion,
-                    x_start,
+                    (images.to(self._device).float() / 127.5) - 1,
                     seed=task.seed,
-                    indices=indices,
+                    indices=torch.arange(first, first + len(images), device=self._device),
                     labels=self._classes(labels, len(images), task, info),
                 )
+                sums = [float(values.sum()) for values in (bits.total, bits.prior, bits.terms[:, 0])]
             count += len(images)
-            total += float(bits.total.sum())
-            prior += float(bits.prior.sum())
-            decoder += float(bits.terms[:, 0].sum())
+            total, prior, decoder = total + sums[0], prior + sums[1], decoder + sums[2]
         return count, total, prior, decoder
 
     def _classes(self, labels: Tensor | None, count: int, task: LikelihoodTask, info: dict[str, Any]) -> Tensor | None:

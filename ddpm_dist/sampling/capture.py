@@ -45,7 +45,8 @@ class Captured:
                 self._network(x, t, labels)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Another thread may use the device meanwhile (an upload's copy): it is not part of the recording, nor its end.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             output = self._network(x, t, labels)
         return graph, (x, t, labels), output
 

@@ -2,34 +2,31 @@
 
 import hashlib
 import logging
-import resource
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpm_dist import device as devices, snapshot, storage
 from ddpm_dist.allocator import keep_freed_memory
 from ddpm_dist.config import ClusterConfig, SamplingConfig
 from ddpm_dist.data import EncodedSample, encode_png, encode_raw, write_shard
-from ddpm_dist.diffusion import GaussianDiffusion, Network, check_settings, sample
+from ddpm_dist.diffusion import GaussianDiffusion, Network, check_settings, sample, trajectory
 from ddpm_dist.errors import SamplingError, WorkerRefusedError
 from ddpm_dist.sampling.capture import captured
 from ddpm_dist.sampling.folder import Receipt
 from ddpm_dist.sampling.images import to_uint8
 from ddpm_dist.sampling.plan import Fingerprint, Manifest, Unit
+from ddpm_dist.sampling.probing import largest_batch
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_BATCH = 128
 SNAPSHOTS_KEPT = 2
-MEMORY_SHARE = 0.5
-"""Share of the free memory that a batch may take."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +47,16 @@ class ProbeTask:
 class Probe:
     fingerprint: Fingerprint
     batch_size: int
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A snapshot's network and process."""
+
+    unet: nn.Module
+    diffusion: GaussianDiffusion
+    network: Network
+    """The same, recorded where that pays, with answers in float32."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ class SampleWorker:
         self.computing = threading.RLock()
         """Held by whoever computes: a process's device does one thing at a time (a recording of a CUDA graph bears
         nobody beside it)."""
-        self._networks: OrderedDict[tuple[str, str], tuple[Network, GaussianDiffusion]] = OrderedDict()
+        self._loaded: OrderedDict[tuple[str, str], _Loaded] = OrderedDict()
         self.loads = 0
         """Times that a snapshot was read."""
 
@@ -88,10 +95,10 @@ class SampleWorker:
         """What fixes this worker's images, and the order's batch size, or the largest that its memory allows."""
         settings = SamplingConfig.model_validate_json(task.sampling)
         with self.computing:
-            network, diffusion = self.network(task.snapshot, settings.precision)
-            check_settings(settings, diffusion)
+            loaded = self._load(task.snapshot, settings.precision)
+            check_settings(settings, loaded.diffusion)
             info = snapshot.load_info(task.snapshot)
-            batch_size = settings.batch_size or self._largest_batch(network, info, settings, task.bound)
+            batch_size = settings.batch_size or self._largest_batch(loaded, info, settings, task.bound)
         return Probe(self.fingerprint(), batch_size)
 
     def unit(self, task: UnitTask) -> Receipt:
@@ -147,42 +154,58 @@ class SampleWorker:
 
     def network(self, url: str, precision: str) -> tuple[Network, GaussianDiffusion]:
         """Network and process of a snapshot, kept for the next unit; computes in the precision, answers in float32."""
+        loaded = self._load(url, precision)
+        return loaded.network, loaded.diffusion
+
+    def _load(self, url: str, precision: str) -> _Loaded:
         key = (url, precision)
-        if key not in self._networks:
+        if key not in self._loaded:
+            while len(self._loaded) >= SNAPSHOTS_KEPT:
+                self._loaded.popitem(last=False)
+            devices.let_go(self.device)
             unet, diffusion = snapshot.load_snapshot(url)
             unet = unet.to(self.device, DTYPES[precision]).eval().requires_grad_(False)
-            call = captured(unet, self.device)
-
-            def network(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-                return call(x, t, labels).float()
-
-            self._networks[key] = network, diffusion
+            self._loaded[key] = _Loaded(unet, diffusion, _in_float32(captured(unet, self.device)))
             self.loads += 1
             log.info("loaded %s (%d. load of this worker)", storage.redact(url), self.loads)
-            while len(self._networks) > SNAPSHOTS_KEPT:
-                self._networks.popitem(last=False)
-        self._networks.move_to_end(key)
-        return self._networks[key]
+        self._loaded.move_to_end(key)
+        return self._loaded[key]
 
-    @torch.no_grad()
-    def _largest_batch(self, network: Network, info: dict[str, Any], settings: SamplingConfig, bound: int) -> int:
-        """The largest power of two, up to the bound, whose evaluation fits MEMORY_SHARE of the free memory."""
-        bound = min(MAX_BATCH, bound, settings.unit_size)
-        free = _free_bytes(self.device)
-        batch = 1
-        while True:
-            shape = (batch * (2 if settings.guidance_scale != 1 else 1), info["channels"], *[info["image_size"]] * 2)
-            labels = None if info["num_classes"] is None else torch.zeros(shape[0], dtype=torch.long)
-            labels = labels.to(self.device) if labels is not None else None
-            before = _used_bytes(self.device)
-            try:
-                network(torch.zeros(shape, device=self.device), torch.zeros(shape[0], device=self.device), labels)
-            except torch.cuda.OutOfMemoryError:
-                return max(1, batch // 2)
-            used = _peak_bytes(self.device) - before
-            if 2 * batch > bound or 2 * used > MEMORY_SHARE * free:
-                return batch
-            batch *= 2
+    def _largest_batch(self, loaded: _Loaded, info: dict[str, Any], settings: SamplingConfig, bound: int) -> int:
+        """The largest batch whose first step, made as `images` makes it, leaves enough of the memory free."""
+        kinds = [settings]
+        if settings.guidance_interval is not None:  # both kinds of step, of which a chain's first is only one
+            kinds = [
+                settings.model_copy(update={"guidance_interval": None}),
+                settings.model_copy(update={"guidance_scale": 1.0}),
+            ]
+
+        def attempt(batch: int) -> None:
+            # Recordings of its own, which go with it: those of other sizes would keep their memory.
+            network = _in_float32(captured(loaded.unet, self.device))
+            labels = None if info["num_classes"] is None else torch.zeros(batch, dtype=torch.int64)
+            for kind in kinds:
+                steps = trajectory(
+                    network,
+                    loaded.diffusion,
+                    kind,
+                    seed=0,
+                    indices=torch.arange(batch),
+                    shape=(info["channels"], info["image_size"], info["image_size"]),
+                    labels=labels,
+                    null_label=info["num_classes"],
+                    device=self.device,
+                )
+                next(steps)
+
+        return largest_batch(attempt, min(MAX_BATCH, bound, settings.unit_size), self.device)
+
+
+def _in_float32(call: Network) -> Network:
+    def network(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        return call(x, t, labels).float()
+
+    return network
 
 
 def device_kind(device: torch.device) -> str:
@@ -207,29 +230,3 @@ def _encode(manifest: Manifest, unit: Unit, images: Tensor, labels: Tensor | Non
 
 def _digest(image: Tensor) -> str:
     return hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=8).hexdigest()
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 2**62  # no Linux: the bound decides
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 2**62)
-
-
-def _used_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return int(torch.cuda.memory_allocated(device))
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    except OSError:
-        return 0
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

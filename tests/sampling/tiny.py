@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddpm_dist import snapshot, storage
-from ddpm_dist.config import SamplingConfig
+from ddpm_dist.config import ClusterConfig, SamplingConfig
 from ddpm_dist.recipe import dump_config, parse_config
 from ddpm_dist.sampling.job import Order
 from ddpm_dist.sampling.plan import Manifest, Unit
@@ -49,7 +49,7 @@ class CountingWorker(SampleWorker):
     """Tells below a URL, under its process id, how often it has read a snapshot, and of which it made images."""
 
     def __init__(self, told: str) -> None:
-        super().__init__(1, "cpu")
+        super().__init__(ClusterConfig())
         self._told = storage.join(told, str(os.getpid()))
         self._snapshots: set[str] = set()
 
