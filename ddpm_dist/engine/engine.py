@@ -3,9 +3,9 @@
 How DeepSpeed is started stands in `start.py`, what is assumed of its optimizer classes in `zero_layout.py`.
 """
 
+import contextlib
 import math
-import os
-import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ddpm_dist import device as devices
 from ddpm_dist.allocator import keep_freed_memory
 from ddpm_dist.config import Config
+from ddpm_dist.engine.checks import check
 from ddpm_dist.engine.pieces import Piece
 from ddpm_dist.engine.start import deepspeed_settings, initialize, load_deepspeed
 from ddpm_dist.engine.world import World
@@ -84,6 +85,14 @@ class Engine:
 
     def train(self) -> None:
         """Training mode: dropout is on."""
+        self._ds.train()
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, dropout is off, and nothing is compiled for shapes that are seen only now and then; no gradients."""
+        self._ds.eval()
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
         self._ds.train()
 
     def backward(self, loss: Tensor) -> None:
@@ -160,19 +169,6 @@ class Engine:
 
 
 _SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-def check(cfg: Config, world: World) -> None:
-    """Raises ConfigError for what this machine can't do."""
-    if cfg.precision == "fp16" and world.device.type != "cuda":
-        raise ConfigError("precision: fp16 needs CUDA (cluster.gpus_per_worker=1); use bf16")
-    if cfg.model.compile and world.device.type == "cpu":
-        compiler = os.environ.get("CXX", "g++")  # as torch looks for it
-        if shutil.which(compiler) is None:
-            raise ConfigError(
-                f"model.compile: torch.compile needs a C++ compiler, and {compiler} is not on this node; install it on "
-                "every node, or set model.compile=false"
-            )
 
 
 def _make_optimizer(network: nn.Module, cfg: Config, world: World) -> torch.optim.Optimizer:

@@ -81,14 +81,14 @@ def gather_full(
     """Yields (name, full float32 tensor) of every parameter, from every rank's 1-D tensors.
 
     tensors: this rank's, aligned with its pieces. A collective: every rank has to exhaust the iterator. Rank 0
-    gets the tensors, on its device; the others get nothing, or the same with `everywhere`. About GATHER_BYTES
-    are in flight, however large the model is.
+    gets the tensors, in host memory; the others get nothing, or the same with `everywhere`. About GATHER_BYTES
+    are in flight on the device, however large the model is.
     """
     shapes = ownership.shapes
     for names in _buckets(shapes):
         full = {}
         if everywhere or world.is_first:
-            full = {name: torch.empty(shapes[name], dtype=torch.float32, device=world.device) for name in names}
+            full = {name: torch.empty(shapes[name], dtype=torch.float32) for name in names}
         for owner, owned in enumerate(ownership.addresses):
             parts = [(i, address) for i, address in enumerate(owned) if address[0] in names]
             if not parts:
@@ -97,6 +97,7 @@ def gather_full(
             flat = torch.cat([tensors[i] for i, _ in parts]).to(world.device) if mine else None
             flat = _transfer(flat, sum(address[2] for _, address in parts), owner, world, everywhere)
             if flat is not None and full:
+                flat = flat.cpu()
                 for (_, (name, offset, numel)), values in zip(parts, flat.split([a[2] for _, a in parts]), strict=True):
                     full[name].view(-1)[offset : offset + numel] = values
         yield from full.items()

@@ -4,7 +4,8 @@ Averages of any number of profiles run side by side; each costs 4 bytes per para
 ranks, and one fused pass over the weights a step. Call `update` after each step that was applied.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor
 
 from ddpm_dist.config import Config, EmaConfig
-from ddpm_dist.engine import Ownership, Piece, World, gather_full
+from ddpm_dist.engine import Engine, Ownership, Piece, World, gather_full
 
 Decay = Callable[[int, int], float]
 """(step from 0, images in a step) -> share that the old average keeps."""
 MAIN = "ema"
 """Label of the average that snapshots are made of."""
+EXCHANGED = 1 << 24
+"""Elements of average and weights that change places at once: 64 MiB are in flight."""
 
 
 class Ema:
@@ -52,10 +55,34 @@ class Ema:
         for label, decay in self._decays.items():
             torch._foreach_lerp_(self._runs[label], self._weights, 1.0 - decay(self.clock + step, batch))
 
-    def gather(self, world: World, label: str = MAIN) -> dict[str, Tensor]:
-        """The whole average by parameter name, float32, on every rank; a collective."""
+    def gather(self, world: World, label: str = MAIN, everywhere: bool = True) -> dict[str, Tensor]:
+        """The whole average by parameter name, float32 in host memory; empty but on rank 0 unless `everywhere`.
+
+        A collective.
+        """
         ownership = Ownership.of(self._pieces, world)
-        return dict(gather_full(self.averages[label], ownership, world, everywhere=True))
+        return dict(gather_full(self.averages[label], ownership, world, everywhere))
+
+    @contextmanager
+    def computing(self, engine: Engine, label: str = MAIN) -> Iterator[None]:
+        """Inside, the engine computes with this average, which needs no room for another network; a collective.
+
+        Average and weights change places, element by element, and back: both are then what they were, bit for bit. An
+        error inside leaves them exchanged: it ends the attempt, and nothing is saved of that.
+        """
+        self._exchange(label)
+        engine.sync_weights()
+        yield
+        self._exchange(label)
+        engine.sync_weights()
+
+    @torch.no_grad()
+    def _exchange(self, label: str) -> None:
+        for run, weights in zip(self._runs[label], self._weights, strict=True):
+            for average, weight in zip(run.split(EXCHANGED), weights.split(EXCHANGED), strict=True):
+                kept = weight.clone()
+                weight.copy_(average)
+                average.copy_(kept)
 
 
 def power_label(std: float) -> str:

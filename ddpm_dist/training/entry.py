@@ -5,7 +5,7 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-from ddpm_dist import cli
+from ddpm_dist import cli, device as devices
 from ddpm_dist.config import Config
 from ddpm_dist.data import Loader
 from ddpm_dist.engine import World, broadcast_object, init_world
@@ -24,6 +24,7 @@ def finished(cfg: Config, token: str) -> bool:
 
     Returns whether the run has nothing left to do. token: names this job (run_folder.new_token).
     """
+    devices.check_training(cfg.cluster)
     run_folder.check(cfg)
     run_folder.take_over(cfg.run.url, token)
     Loader(cfg, rank=0, world=cfg.worker_range[0]).close()

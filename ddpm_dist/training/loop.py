@@ -72,7 +72,7 @@ class Training:
         self.store.prepare(self.engine, self.ema)
         self.events = EventLog(cfg.run.url, self.store.attempt, self.step) if world.rank == 0 else None
         self.progress = StepProgress(self.step, cfg.train.steps, cfg.train.global_batch) if world.rank == 0 else None
-        self.publisher = SnapshotPublisher(cfg, world, self.events, owner)
+        self.publisher = SnapshotPublisher(cfg, world, self.diffusion, self.events, owner)
         self.clock = PhaseClock(on_cuda=world.device.type == "cuda")
         self._flops_per_image: float | None = None
         self.trace = StepTrace(cfg, world, owner)
@@ -185,7 +185,7 @@ class Training:
         """The snapshot of the step that was resumed from, if a kill came between its state and itself."""
         missing = self.world.is_first and not run_folder.has_snapshot(self.cfg.run.url, self.step)
         if self._snapshot_due() and broadcast_object(self.world, missing):
-            self.publisher.publish(self.ema, self.step)
+            self.publisher.publish(self.ema, self.engine, self.step)
 
     def _snapshot_due(self) -> bool:
         step = self.step
@@ -199,7 +199,7 @@ class Training:
         last = step == cfg.train.steps
         if self._snapshot_due():
             with self.clock.phase("snapshot"):
-                self.publisher.publish(self.ema, step)
+                self.publisher.publish(self.ema, self.engine, step)
         if step % cfg.checkpoint.every_steps == 0 or last or save_now:
             with self.clock.phase("checkpoint"):
                 self.store.save(step, self.engine, self.ema, self._meta())

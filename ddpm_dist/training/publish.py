@@ -13,9 +13,8 @@ from torch import Tensor
 
 from ddpm_dist import snapshot, storage
 from ddpm_dist.config import Config
-from ddpm_dist.diffusion import GaussianDiffusion, sample
-from ddpm_dist.engine import World
-from ddpm_dist.models import UNet, UNetConfig
+from ddpm_dist.diffusion import GaussianDiffusion, Network, sample
+from ddpm_dist.engine import Engine, World
 from ddpm_dist.recipe import dump_config
 from ddpm_dist.training import run_folder
 from ddpm_dist.training.ema import MAIN, Ema
@@ -27,26 +26,35 @@ log = logging.getLogger(__name__)
 class SnapshotPublisher:
     """Publishes one snapshot at a time; errors of the background upload are raised at the next call."""
 
-    def __init__(self, cfg: Config, world: World, events: EventLog | None, check_owner: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        cfg: Config,
+        world: World,
+        diffusion: GaussianDiffusion,
+        events: EventLog | None,
+        check_owner: Callable[[], None],
+    ) -> None:
         """check_owner: raises if this attempt may publish nothing more."""
         self._cfg, self._world, self._events, self._check_owner = cfg, world, events, check_owner
+        self._network, self._diffusion = snapshot.network_of(cfg), diffusion
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="snapshot")
         self._pending: Future[None] | None = None
 
-    def publish(self, ema: Ema, step: int) -> None:
-        """step: optimizer steps done. All ranks call it; it returns when weights are gathered and the grid is drawn."""
+    def publish(self, ema: Ema, engine: Engine, step: int) -> None:
+        """step: optimizer steps done. All ranks call it; it returns when weights are gathered and the grid is drawn.
+
+        Neither needs room for another network on a GPU: rank 0 gathers to host memory, and the engine draws the grid
+        with the average in its weights' place.
+        """
         self.wait()
-        cfg, world = self._cfg, self._world
-        averages = {label: ema.gather(world, label) for label in ema.averages}
-        weights = averages[MAIN]
-        network, diffusion = snapshot.build(cfg)
-        if cfg.logging.grid_images:
-            network.load_state_dict(weights)
-            images = self._sample_grid(network.eval().to(world.device), diffusion)
+        averages = {label: ema.gather(self._world, label, everywhere=False) for label in ema.averages}
+        if self._cfg.logging.grid_images:
+            with ema.computing(engine), engine.evaluating():
+                images = self._sample_grid(engine)
             if self._events is not None:
                 self._events.image("samples/ema", image_grid(images), step)
-        if world.is_first:
-            self._pending = self._pool.submit(self._upload, averages, network.config, diffusion, step, ema.clock)
+        if self._world.is_first:
+            self._pending = self._pool.submit(self._upload, averages, step, ema.clock)
 
     def wait(self) -> None:
         """Until the last snapshot is whole; raises what its upload raised."""
@@ -58,14 +66,7 @@ class SnapshotPublisher:
         self.wait()
         self._pool.shutdown()
 
-    def _upload(
-        self,
-        averages: dict[str, dict[str, Tensor]],
-        config: UNetConfig,
-        diffusion: GaussianDiffusion,
-        step: int,
-        clock: int,
-    ) -> None:
+    def _upload(self, averages: dict[str, dict[str, Tensor]], step: int, clock: int) -> None:
         """The snapshot, and beside it one of each power average (for ddpm-posthoc-ema)."""
         cfg = self._cfg
         for label, weights in averages.items():
@@ -79,11 +80,10 @@ class SnapshotPublisher:
             url = run_folder.snapshot_url(cfg.run.url, step)
             if label != MAIN:
                 url = storage.join(cfg.run.url, "averages", label, f"{step:09d}")
-            snapshot.save_snapshot(url, weights, config, diffusion, info, self._check_owner)
+            snapshot.save_snapshot(url, weights, self._network, self._diffusion, info, self._check_owner)
             log.info("snapshot of step %d: %s", step, url)
 
-    @torch.no_grad()
-    def _sample_grid(self, network: UNet, diffusion: GaussianDiffusion) -> Tensor:
+    def _sample_grid(self, network: Network) -> Tensor:
         """[grid_images, C, H, W] uint8 on all ranks; image i has the noise of index i."""
         cfg, world = self._cfg, self._world
         each = -(-cfg.logging.grid_images // world.size)
@@ -99,7 +99,7 @@ class SnapshotPublisher:
         )
         images = sample(
             network,
-            diffusion,
+            self._diffusion,
             settings,
             seed=cfg.run.seed,
             indices=indices,

@@ -4,13 +4,17 @@ import copy
 import gc
 import shutil
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ddpm_dist.engine.engine import Engine, check
+from ddpm_dist.engine import checks
+from ddpm_dist.engine.checks import check
+from ddpm_dist.engine.engine import Engine
 from ddpm_dist.engine.pieces import Ownership
 from ddpm_dist.engine.world import World
 from ddpm_dist.errors import ConfigError
@@ -384,3 +388,27 @@ def test_what_a_machine_can_not_do_is_refused_by_name(monkeypatch: pytest.Monkey
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match=r"model.compile: torch.compile needs a C\+\+ compiler.*and g\+\+ is not"):
         check(group.config(model={"compile": True}), cpu)
+
+
+def test_what_a_gpu_node_lacks_is_said_where_it_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gpus = World(0, 4, 0, torch.device("cuda", 0), "nccl")
+    compiled = group.config(model={"compile": True})
+    monkeypatch.setattr("ddpm_dist.device.why_no_triton", lambda: "Triton needs a C compiler")
+    with pytest.raises(ConfigError, match=r"model\.compile: Triton needs a C compiler.*model\.compile=false"):
+        check(compiled, gpus)
+
+    monkeypatch.setattr(checks, "SHM", tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=2**26, free=2**25))
+    said = str(checks._about_shm(4))
+    assert "32 of 64 MiB free" in said
+    assert "--shm-size=8g" in said
+    assert checks._about_shm(1) is None, "one process has nobody to share with"
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=2**34, free=2**34))
+    assert checks._about_shm(4) is None
+
+    monkeypatch.setattr(checks, "INFINIBAND", tmp_path)
+    monkeypatch.setattr("resource.getrlimit", lambda which: (2**16, 2**16))
+    assert checks._about_memlock(True) is None, "no InfiniBand here"
+    (tmp_path / "mlx5_0").mkdir()
+    assert "64 KiB of memory here (ulimit -l)" in str(checks._about_memlock(True))
+    assert checks._about_memlock(False) is None

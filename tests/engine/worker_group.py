@@ -106,7 +106,7 @@ class TinyNet(nn.Module):
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        waves = torch.sin(0.01 * t[:, None].float() * torch.arange(1, 7))
+        waves = torch.sin(0.01 * t[:, None].float() * torch.arange(1, 7, device=t.device))
         h = self.norm(self.first(x)) + self.embed(waves.to(x.dtype))[:, :, None, None]
         out: Tensor = self.last(nn.functional.silu(self.middle(nn.functional.silu(h))))
         return out
@@ -139,7 +139,7 @@ def build(world: World, cfg: Config, accumulation: int = 1) -> Engine:
 def backward(engine: Engine, step: int, poison: float = 1.0, poisoned_rank: int = 0) -> None:
     """Backward passes over this rank's share of the global batch; `poison` multiplies a rank's first loss."""
     world = engine.world
-    x, target, t = global_batch(step)
+    x, target, t = (tensor.to(world.device) for tensor in global_batch(step))
     share = BATCH // world.size
     micro = share // engine.accumulation
     for i in range(engine.accumulation):
@@ -151,7 +151,7 @@ def backward(engine: Engine, step: int, poison: float = 1.0, poisoned_rank: int 
 def tensors_of(engine: Engine) -> dict[tuple[str, int, str], Tensor]:
     """Copies of all that a rank owns: (name, offset, kind) -> tensor."""
     return {
-        (piece.name, piece.offset, kind): getattr(piece, kind).clone()
+        (piece.name, piece.offset, kind): getattr(piece, kind).cpu().clone()
         for piece in engine.pieces()
         for kind in ("weights", "exp_avg", "exp_avg_sq")
     }
