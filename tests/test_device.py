@@ -24,6 +24,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: found[0] > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: found[0])
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: found.append(torch.device(device).index))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (79 * 2**30, 80 * 2**30))
     for name in ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG"):
         monkeypatch.setenv(name, "before")
         monkeypatch.delenv(name)
@@ -75,8 +76,53 @@ def test_training_takes_whole_gpus_one_by_one(number: float) -> None:
         devices.check_training(ClusterConfig(gpus_per_worker=right))
 
 
-def test_half_a_gpu_is_right_for_sampling(gpus: list[int]) -> None:
-    assert devices.select(0.5) == torch.device("cuda", 0)
+def test_half_a_gpu_is_right_for_sampling_and_is_half_of_its_memory(
+    gpus: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares: list[float] = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append(share))
+    device = devices.select(0.5)
+    assert device == torch.device("cuda", 0)
+    devices.set_up(device, ClusterConfig(gpus_per_worker=0.5))
+    assert shares == [0.5], "two workers on a GPU don't count the same free memory"
+    with pytest.raises(ConfigError, match=r"gpus_per_worker: 2: a process computes on one GPU"):
+        devices.select(2)
+
+
+@pytest.mark.parametrize("lets_go", [True, False])
+def test_the_memory_of_a_killed_predecessor_is_waited_for(
+    gpus: list[int], lets_go: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[int] = []
+
+    def mem_get_info(device: torch.device) -> tuple[int, int]:
+        asked.append(1)
+        return (79 if lets_go and len(asked) > 2 else 3) * 2**30, 80 * 2**30
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    caplog.set_level("INFO")
+    devices.await_memory(torch.device("cuda", 1), patience_s=3600 if lets_go else 0.05)
+    assert ("77.0 of 80.0 GiB of GPU 1 are taken, by a process that is ending" in caplog.text) or not lets_go
+    assert ("are taken by others after" in caplog.text) == (not lets_go)
+    assert len(asked) == 3 or not lets_go
+
+
+def test_what_building_kernels_needs_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "Triton is not installed" in str(devices.why_no_triton())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert "gcc or clang (PATH) is not on this node; install gcc" in str(devices.why_no_triton())
+    monkeypatch.setenv("CC", "mycc")
+    assert "mycc (CC in the environment)" in str(devices.why_no_triton())
+    (tmp_path / "mycc").write_text("#!/bin/sh\n")
+    (tmp_path / "mycc").chmod(0o755)
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
+    assert "Python.h is not on this node; install python3-dev" in str(devices.why_no_triton())
+    (tmp_path / "Python.h").write_text("")
+    assert devices.why_no_triton() is None
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
