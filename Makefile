@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-hosts test-fid test-pythons check clean
+.PHONY: help demo test test-full test-hosts test-fid test-cuda test-pythons check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -20,13 +20,16 @@ test: $(INSTALLED)  ## the tests, with real servers and processes
 	@$(PYTEST)
 
 test-full: $(INSTALLED)  ## the tests with their whole matrices and long proofs
-	@$(PYTEST) -m "not hosts and not fid"
+	@$(PYTEST) -m "not hosts and not fid and not cuda"
 
 test-hosts: $(INSTALLED)  ## several hosts on this machine (namespaces: Linux, root, iproute2, sshd, pdsh)
 	@$(PYTEST) -m hosts tests/hosts
 
 test-fid: $(INSTALLED) .venv-fid/.installed  ## FID's network against torch-fidelity, which gets an environment of its own (6 GB)
 	@$(PYTEST) -m fid tests/evaluation
+
+test-cuda: $(INSTALLED)  ## what only a GPU can show (10 minutes at most); needs neither Ray nor a bucket
+	@$(BIN)/python -m pytest -m cuda tests/cuda
 
 test-pythons:  ## the tests under each of Python 3.12 and 3.13 that is found, in an environment of its own
 	@for version in 3.12 3.13; do \

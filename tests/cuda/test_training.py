@@ -1,0 +1,113 @@
+"""A whole training on a GPU: started as a person starts it, killed, and gone on with."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ddpm_dist import storage
+from ddpm_dist.data.decode import encode_png
+from ddpm_dist.data.writer import EncodedSample, write_index, write_shard
+from ddpm_dist.state.history import latest_step
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 12
+SETTINGS = (
+    "model.channels=32", "model.channel_mult=[1,2]", "model.num_res_blocks=1", "model.dropout=0.1",
+    f"train.steps={STEPS}", "train.global_batch=16", "train.max_micro_batch=8", "train.warmup_steps=2",
+    "logging.every_steps=4", "logging.grid_images=4", "logging.grid_steps=2", "checkpoint.every_steps=4",
+    "checkpoint.snapshot_every_steps=8", "cluster.workers=1", "data.workers=2",
+)  # fmt: skip
+
+
+def make_set(url: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), dtype=np.uint8)
+    images = [EncodedSample(f"{i:03d}", encode_png(image), "png") for i, image in enumerate(pixels)]
+    write_index(url, [write_shard(url, "a.tar", images)])
+
+
+def start(device: str, run: str, data: str, log: Path, *overrides: str) -> "subprocess.Popen[bytes]":
+    gpus = "cluster.gpus_per_worker=1" if device == "cuda" else "cluster.gpus_per_worker=0"
+    command = [sys.executable, str(ROOT / "launch/train_deepspeed.py"), "--config", str(ROOT / "configs/digits.yaml")]
+    command += [f"run.url={run}", f"data.url={data}", gpus, *SETTINGS, *overrides]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if device == "cpu":
+        environment["OMP_NUM_THREADS"] = "1"
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES"):
+        environment.pop(name, None)
+    with log.open("ab") as out:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True)
+
+
+def finish(process: "subprocess.Popen[bytes]", log: Path) -> None:
+    assert process.wait() == 0, log.read_text()[-4000:]
+
+
+def weights(run: str) -> str:
+    place = f"snapshots/{STEPS:09d}/unet/diffusion_pytorch_model.safetensors"
+    return hashlib.sha256(storage.read(storage.join(run, place))).hexdigest()
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    url = f"file://{tmp_path}/data"
+    make_set(url)
+    return url
+
+
+def test_a_killed_training_goes_on_bit_for_bit(device: str, data: str, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    unbroken, broken = f"file://{tmp_path}/unbroken", f"file://{tmp_path}/broken"
+    finish(start(device, unbroken, data, log), log)
+    job = start(device, broken, data, log)
+    while (latest_step(broken) or 0) < 4:
+        assert job.poll() is None, log.read_text()[-4000:]
+        time.sleep(0.02)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    finish(start(device, broken, data, log), log)
+    text = log.read_text()
+    assert "continuing at step" in text
+    assert "Traceback" not in text, text[-4000:]
+    assert "not bit for bit" not in text
+    assert weights(broken) == weights(unbroken)
+
+
+def test_a_recipe_for_cpus_trains_beside_a_visible_gpu(device: str, data: str, tmp_path: Path) -> None:
+    """gpus_per_worker: 0 gives the CPU's bits, with a GPU in sight and without."""
+    log, found = tmp_path / "log", []
+    for name, visible in (("seen", {}), ("hidden", {"CUDA_VISIBLE_DEVICES": ""})):
+        run = f"file://{tmp_path}/{name}"
+        before = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ.update(visible)
+        try:
+            finish(start("cpu", run, data, log, "train.steps=12"), log)
+        finally:
+            if before is None:
+                os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+            else:
+                os.environ["CUDA_VISIBLE_DEVICES"] = before
+        found.append(weights(run))
+    assert found[0] == found[1]
+
+
+def test_without_a_compiler_it_says_so(device: str, data: str, tmp_path: Path) -> None:
+    log, nothing = tmp_path / "log", tmp_path / "nothing"
+    nothing.mkdir()
+    before = os.environ["PATH"]
+    os.environ["PATH"] = str(nothing)
+    try:
+        job = start(device, f"file://{tmp_path}/run", data, log, "model.compile=true")
+    finally:
+        os.environ["PATH"] = before
+    assert job.wait() != 0
+    text = log.read_text()
+    assert "model.compile: " in text
+    assert "Traceback" not in text, text[-3000:]
+    assert ("gcc" if device == "cuda" else "g++") in text
