@@ -6,6 +6,7 @@ what the old one was at.
 """
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ class _Attempt:
     reason: str | None = None
     """Why it is over."""
     pause_s: float = 0.0
+    ended: bool = False
 
 
 class Agreement:
@@ -38,11 +40,14 @@ class Agreement:
         self._group, self._size = "", 0
         self._old: set[str] = set()
         self._attempt = _Attempt(0)
+        self._over_at: float | None = None
+        """Unix time at which the newest attempt that is over was."""
 
     async def join(self, group: str, rank: int, size: int, endpoint: Any) -> dict[str, Any] | None:
-        """Waits for all ranks of the group: {"number", "master": rank 0's endpoint, "pause_s"}.
+        """Waits for all ranks of the group: {"number", "master": rank 0's endpoint, "pause_s", "failed_at"}.
 
-        None for a group that Ray has replaced: it is about to be ended.
+        failed_at: Unix time at which the attempt before was over; None for the first. The result is None for a group
+        that Ray has replaced: it is about to be ended.
         """
         if group in self._old:
             return None
@@ -59,7 +64,12 @@ class Agreement:
         await attempt.began.wait()
         if attempt is not self._attempt and group != self._group:
             return None
-        return {"number": attempt.number, "master": attempt.members[0], "pause_s": attempt.pause_s}
+        return {
+            "number": attempt.number,
+            "master": attempt.members[0],
+            "pause_s": attempt.pause_s,
+            "failed_at": self._over_at,
+        }
 
     async def watch(self, number: int) -> str:
         """Returns when an attempt is over, with the reason."""
@@ -96,13 +106,20 @@ class Agreement:
             await attempt.changed.wait_for(lambda: attempt.reason is not None or len(attempt.finished) == self._size)
         if attempt.reason is not None:
             return "again"
+        self._ends(attempt)
         return "preempted" if any(attempt.finished.values()) else "done"
 
     async def ray_failed(self) -> bool:
         """A worker group was lost, which Ray counts; whether there may be another one."""
         attempt = self._attempt
+        self._ends(attempt)
         self._count(attempt.number if attempt.began.is_set() else attempt.number - 1)
         return not self._exhausted()
+
+    def _ends(self, attempt: _Attempt) -> None:
+        """One that never began leaves the time at which the one before was over."""
+        if attempt.began.is_set() and not attempt.ended:
+            attempt.ended, self._over_at = True, time.time()
 
     def _count(self, number: int) -> None:
         if number != self._counted:
@@ -114,6 +131,7 @@ class Agreement:
     async def _over(self, attempt: _Attempt, reason: str) -> None:
         async with attempt.changed:
             attempt.reason = reason
+            self._ends(attempt)
             attempt.changed.notify_all()
 
     async def _next(self, reason: str) -> _Attempt:

@@ -4,29 +4,60 @@ Without a supervisor (DeepSpeed's launcher, tests) nothing is told, and nothing 
 """
 
 import base64
+import contextlib
 import json
 import os
 import pickle
+import select
 import socket
 import threading
 import time
 import traceback
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from ddpm_dist import cli
 from ddpm_dist.errors import DdpmDistError
 
+BEAT_S = 2.0
+"""How often a rank says that it lives."""
+FAILED_AT = "DDPM_FAILED_AT"
+"""In a rank's environment: Unix time at which the attempt before was over, if there was one."""
+PARTS = {
+    "start": "infrastructure_recovery_from_disruption",
+    "group": "group",
+    "engine": "training_prep",
+    "state": "unproductive_checkpoint_restore_time",
+    "first_batch": "data_loading_sync",
+    "first_step": "program_startup",
+}
+"""Parts of a start in their order -> names in TensorBoard: those of badput in ml-goodput-measurement, where one fits.
+`start` ends when the rank's process is there."""
+
 _supervisor: socket.socket | None = None
 _preempted = False
+_sending = threading.Lock()
+_told: dict[str, float] = {}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Told:
     """What a rank has told its supervisor so far."""
 
-    marks: dict[str, float]
+    marks: dict[str, float] = field(default_factory=dict)
     """Part of its start -> Unix time at which it was done."""
-    error: BaseException | None
+    error: BaseException | None = None
+    rest: bytes = b""
+
+    def hear(self, data: bytes) -> None:
+        """More bytes of what it says; an unfinished last line waits for its end."""
+        *lines, self.rest = (self.rest + data).split(b"\n")
+        for line in lines:
+            word = json.loads(line)
+            if "mark" in word:
+                self.marks.setdefault(word["mark"], word["at"])
+            elif "error" in word:
+                self.error = pickle.loads(base64.b64decode(word["error"]))  # noqa: S301 - of this supervisor's own rank
 
 
 def run(payload: str, descriptors: list[int]) -> int:
@@ -52,9 +83,39 @@ def run(payload: str, descriptors: list[int]) -> int:
     return 0
 
 
-def tell(part: str) -> None:
-    """A part of the start is done."""
-    _send({"mark": part, "at": time.time()})
+def tell(part: str) -> bool:
+    """A part of the start is done; whether it is told for the first time, as it counts but once."""
+    if part in _told:
+        return False
+    _told[part] = time.time()
+    _send({"mark": part, "at": _told[part]})
+    return True
+
+
+def restart_parts() -> dict[str, float]:
+    """Seconds from the end of the attempt before to the first step of this one, by part and in all; empty without one.
+
+    The names are TensorBoard's (`PARTS`).
+    """
+    before = os.environ.get(FAILED_AT)
+    if not before:
+        return {}
+    failed_at = float(before)
+    spent = durations(failed_at, _told)
+    return {
+        "restart/seconds": max(0.0, max(_told.values()) - failed_at),
+        **{f"restart/{PARTS[part]}": seconds for part, seconds in spent.items()},
+    }
+
+
+def durations(failed_at: float, marks: Mapping[str, float]) -> dict[str, float]:
+    """Part -> seconds that it took, of those that are done. failed_at: Unix time at which the first one began."""
+    found, before = {}, failed_at
+    for part in PARTS:
+        if part in marks:
+            found[part] = max(0.0, marks[part] - before)  # clocks of two nodes may differ
+            before = marks[part]
+    return found
 
 
 def preemption_announced() -> bool:
@@ -62,35 +123,23 @@ def preemption_announced() -> bool:
     return _preempted
 
 
-def heard(lines: bytes) -> Told:
-    """What all that a rank has sent means; an unfinished last line is nothing."""
-    marks: dict[str, float] = {}
-    error: BaseException | None = None
-    for line in lines.split(b"\n")[:-1]:
-        word = json.loads(line)
-        if "mark" in word:
-            marks.setdefault(word["mark"], word["at"])
-        else:
-            error = pickle.loads(base64.b64decode(word["error"]))  # noqa: S301 - of this supervisor's own rank
-    return Told(marks, error)
-
-
 def _send(word: dict[str, object]) -> None:
     if _supervisor is None:
         return
-    try:
+    with _sending, contextlib.suppress(OSError):  # it is gone, and this process is about to be
         _supervisor.sendall(json.dumps(word).encode() + b"\n")
-    except OSError:  # it is gone, and this process is about to be
-        pass
 
 
 def _listen(supervisor: socket.socket) -> None:
+    """Hears and says that this process lives, as long as its threads run at all."""
     global _preempted
     while True:
         try:
-            data = supervisor.recv(64)
+            readable, _, _ = select.select([supervisor], [], [], BEAT_S)
+            data = supervisor.recv(64) if readable else None
         except OSError:
             return
-        if not data:
+        if data == b"":
             return
-        _preempted = _preempted or b"p" in data
+        _preempted = _preempted or b"p" in (data or b"")
+        _send({"alive": True})

@@ -4,6 +4,7 @@ It imports neither torch nor DeepSpeed, so that Ray's part of a start is short, 
 standby, so that the rank's part is, too. Where there is no standby the rank is a plain subprocess, which is said.
 """
 
+import contextlib
 import logging
 import os
 import select
@@ -22,7 +23,7 @@ from ddpm_dist import cli
 from ddpm_dist.cluster import rank as ranks
 from ddpm_dist.cluster.child import Request
 from ddpm_dist.cluster.standby import Child, Standby, find, start_plain
-from ddpm_dist.errors import ClusterError, DdpmDistError, PreemptedError, StandbyError
+from ddpm_dist.errors import ClusterError, DdpmDistError, HangError, PreemptedError, StandbyError
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ class Order:
     """Beside the node's own: what must stand before torch is imported, and never a secret."""
     may_pass: tuple[type[DdpmDistError], ...]
     gpus: bool
+    silence_s: float
+    """A rank that doesn't even say that it lives for so long is ended: it is stopped, or its node swaps."""
     agreement: Any
     """Handle of the actor."""
 
@@ -51,7 +54,6 @@ def supervise(order: Order) -> None:
     context = get_train_context()
     group = _id_of(context.execution_context.synchronization_actor)
     here = context.distributed_context
-    failed_at: float | None = None
     while True:
         port = _listening() if here.world_rank == 0 else None
         endpoint = (ray.util.get_node_ip_address(), port.getsockname()[1]) if port is not None else None
@@ -61,14 +63,13 @@ def supervise(order: Order) -> None:
         time.sleep(joined["pause_s"])
         rank = _Rank(order, context, joined, port)
         try:
-            outcome = rank.watch(failed_at)
+            outcome = rank.watch()
         finally:
             rank.close()
-        failed_at = time.time()
         if outcome == "done":
             return
         if outcome == "preempted":
-            raise rank.error or PreemptedError("a node is about to be taken away; the state is saved")
+            raise rank.told.error or PreemptedError("a node is about to be taken away; the state is saved")
 
 
 class _Bell:
@@ -99,11 +100,11 @@ class _Rank:
     def __init__(self, order: Order, context: TrainContext, joined: dict[str, Any], port: socket.socket | None) -> None:
         self._order, self._context, self._number = order, context, joined["number"]
         self._here = context.distributed_context
+        self._failed_at: float | None = joined["failed_at"]
+        """When the attempt before was over."""
         self._words, theirs = socket.socketpair()
-        self._heard = b""
-        self.error: BaseException | None = None
-        """With which it ended."""
-        self._began = time.time()
+        self.told = ranks.Told()
+        self._heard_at = time.monotonic()
         descriptors = [theirs.fileno(), *([port.fileno()] if port is not None else [])]
         self._child = _start(self._request(*joined["master"]), order, descriptors)
         theirs.close()
@@ -112,24 +113,31 @@ class _Rank:
         self._over = _Bell()
         order.agreement.watch.remote(self._number).future().add_done_callback(lambda _: self._over.ring())
 
-    def watch(self, failed_at: float | None) -> str:
-        """Until the attempt is over: "done", "preempted" or "again". failed_at: when the last one was, for the log."""
+    def watch(self) -> str:
+        """Until the attempt is over: "done", "preempted" or "again"."""
         told_preemption = said = False
         while True:
             watched: list[Any] = [self._child, self._words, self._over]
             readable, _, _ = select.select(watched, [], [], POLL_S)
             if self._words in readable:
-                self._heard += self._words.recv(1 << 16)
-            if not said and failed_at is not None and b'"first_step"' in self._heard and self._here.world_rank == 0:
+                self._hear()
+            if not said and "first_step" in self.told.marks and self._failed_at is not None:
                 said = True
-                log.info("%s", parts(failed_at, self._began, ranks.heard(self._heard).marks))
+                if self._here.world_rank == 0:
+                    log.info("%s", cost(self._failed_at, self.told.marks))
             if self._over in readable:
                 return "again"
             if self._child in readable:
                 return self._ended(self._child.wait())
+            if time.monotonic() - self._heard_at > self._order.silence_s:
+                return self._failed(HangError(f"no sign of life for {self._order.silence_s:.0f} s"))
             if not told_preemption and self._context.preemption_context.preemption_info is not None:
                 told_preemption = True
                 self._words.sendall(b"p")
+
+    def _hear(self) -> None:
+        self._heard_at = time.monotonic()
+        self.told.hear(self._words.recv(1 << 16))
 
     def close(self) -> None:
         """Returns when the process is gone: only then its GPU's memory is free."""
@@ -145,22 +153,25 @@ class _Rank:
     def _ended(self, code: int) -> str:
         """What follows from the end of the process."""
         self._words.setblocking(False)
-        try:
+        with contextlib.suppress(OSError):
             while data := self._words.recv(1 << 16):
-                self._heard += data
-        except OSError:
-            pass
-        told = ranks.heard(self._heard)
-        self.error = told.error
-        preempted = isinstance(told.error, PreemptedError)
-        agreement = self._order.agreement
+                self.told.hear(data)
+        error = self.told.error
+        preempted = isinstance(error, PreemptedError)
         if code == 0 or preempted:
-            return str(ray.get(agreement.finished.remote(self._number, self._here.world_rank, preempted)))
-        error = told.error or RuntimeError(_how(code))
+            finished = self._order.agreement.finished
+            return str(ray.get(finished.remote(self._number, self._here.world_rank, preempted)))
+        error = error or RuntimeError(_how(code))
         if isinstance(error, DdpmDistError) and not isinstance(error, self._order.may_pass):
             raise error
-        log.warning("rank %d has failed: %s", self._here.world_rank, error)
-        final = ray.get(agreement.failed.remote(self._number, self._here.world_rank, str(error), _stepped(told)))
+        return self._failed(error)
+
+    def _failed(self, error: BaseException) -> str:
+        """It ended, or is ended, in a way that may pass."""
+        rank = self._here.world_rank
+        log.warning("rank %d has failed: %s", rank, error)
+        made_a_step = "first_step" in self.told.marks
+        final = ray.get(self._order.agreement.failed.remote(self._number, rank, str(error), made_a_step))
         if final is not None:
             raise ClusterError(f"the training failed: {final}")
         return "again"
@@ -178,6 +189,7 @@ class _Rank:
             "MASTER_ADDR": address,
             "MASTER_PORT": str(port),
             "MASTER_LISTEN_FD": "",
+            ranks.FAILED_AT: "" if self._failed_at is None else str(self._failed_at),
         }
         title = f"ddpm_dist rank {here.world_rank} of {here.world_size}"
         payload = self._order.payload
@@ -192,14 +204,11 @@ def warm(environment: dict[str, str], gpus: bool) -> None:
         log.warning("ranks start without a standby: %s", error)
 
 
-def parts(failed_at: float, began: float, marks: dict[str, float]) -> str:
+def cost(failed_at: float, marks: dict[str, float]) -> str:
     """A line about where the seconds of a restart went."""
-    times = {"end of the others": began, **dict(sorted(marks.items(), key=lambda item: item[1]))}
-    found, before = [], failed_at
-    for name, at in times.items():
-        found.append(f"{name.replace('_', ' ')} {at - before:.2f}")
-        before = at
-    return f"restarted in {before - failed_at:.2f} s: {', '.join(found)}"
+    spent = ranks.durations(failed_at, marks)
+    parts = ", ".join(f"{part.replace('_', ' ')} {seconds:.2f}" for part, seconds in spent.items())
+    return f"restarted in {max(0.0, marks['first_step'] - failed_at):.2f} s: {parts}"
 
 
 def _start(request: Request, order: Order, descriptors: list[int]) -> Child:
@@ -239,8 +248,5 @@ def _id_of(actor: Any) -> str:
 def _how(code: int) -> str:
     if code >= 0:
         return f"its process ended with exit code {code}"
-    return f"its process was ended by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -9 else "")
-
-
-def _stepped(told: ranks.Told) -> bool:
-    return "first_step" in told.marks
+    hint = " (by the kernel, if the node's memory was full)" if code == -signal.SIGKILL else ""
+    return f"its process was ended by {signal.Signals(-code).name}{hint}"

@@ -1,36 +1,40 @@
-"""Ray Train adapter: starts one training process per worker, and again after a failure that may pass.
+"""Ray Train adapter: places one supervisor per worker, which starts the training process and starts it again after a
+failure that may pass; Ray itself restarts what it alone can: a lost supervisor, node or head.
 
-Ray restarts, places and watches the workers; the state they resume from is ours (the room `state`), so
-nothing is ever reported to Ray Train. The internals touched are the two policies that `TorchTrainer` hands to
-its controller, and what Ray knows of nodes that are about to be taken away
-(tests/cluster/test_train.py holds what we assume of them).
+The state that workers resume from is ours (the room `state`), so nothing is ever reported to Ray Train. The internals
+touched are the two policies that a trainer hands to its controller, and what Ray knows of nodes that are about to be
+taken away (tests/cluster/test_train.py holds what we assume of them).
 """
 
+import base64
+import json
 import os
+import pickle
 import tempfile
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
 from ray._private.state import state
-from ray.train.torch import TorchConfig
-from ray.train.torch.config import _TorchBackend
+from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
-from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
-from ray.train.v2.torch.torch_trainer import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ddpm_dist.cluster.agreement import Agreement
 from ddpm_dist.cluster.connect import connect_ray
+from ddpm_dist.cluster.supervisor import Order, supervise, warm
 from ddpm_dist.config import Config
-from ddpm_dist.engine import use_interface_of
 from ddpm_dist.errors import (
     ClusterError,
     DdpmDistError,
@@ -49,11 +53,33 @@ RESIZE_CHECK_S = 10.0
 """How often an elastic run looks for more room."""
 
 
-def train_on_ray(cfg: Config, worker: Callable[[dict[str, Any]], None], newest_state: Callable[[], int | None]) -> None:
-    """Runs `worker({"config": YAML})` in each worker process until it returns in all of them.
+SILENCE_FACTOR = 2.0
+"""Of cluster.hang_seconds: the watchdogs of the other ranks come first, as they show where each thread is."""
+ANSWER_S = 30.0
+"""How long the agreement may take to say whether there is to be another attempt."""
 
-    newest_state: step of the newest published training state; an elastic run grows only after a new one.
-    Raises ClusterError if the resources don't come, and the worker's own DdpmDistError if it stopped the run.
+
+def warm_nodes(cfg: Config) -> None:
+    """Joins the cluster, and has each node with room for a worker start its standby; returns without waiting for them.
+
+    To be called early: the seconds of their imports pass beside the driver's own checks.
+    """
+    connect_ray()
+    task: Any = ray.remote(num_cpus=0, max_retries=0)(warm)
+    there, each = lasting_nodes(), _resources(cfg)
+    roomy = (n for n in ray.nodes() if all(n["Resources"].get(name, 0.0) >= amount for name, amount in each.items()))
+    for node in sorted(there & {n["NodeID"] for n in roomy}):
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
+            _rank_environment(cfg), cfg.cluster.gpus_per_worker > 0
+        )
+
+
+def train_on_ray(cfg: Config, worker: Callable[[dict[str, Any]], None], newest_state: Callable[[], int | None]) -> None:
+    """Runs `worker({"config": YAML})` in a process of its own for each worker until it returns in all of them.
+
+    worker: can be pickled by name. newest_state: step of the newest published training state; an elastic run grows only
+    after a new one. Raises ClusterError if the resources don't come, and the worker's own DdpmDistError if it stopped
+    the run.
     """
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
@@ -70,11 +96,22 @@ def _trainer(
     cfg: Config, worker: Callable[[dict[str, Any]], None], newest_state: Callable[[], int | None], folder: str
 ) -> "_Trainer":
     low, high = cfg.worker_range
+    agreement = _agreement(cfg.cluster.max_failures)
+    order = Order(
+        json.dumps(
+            {"worker": base64.b64encode(pickle.dumps(worker)).decode(), "arguments": {"config": dump_config(cfg)}}
+        ),
+        _rank_environment(cfg),
+        MAY_PASS,
+        cfg.cluster.gpus_per_worker > 0,
+        SILENCE_FACTOR * cfg.cluster.hang_seconds,
+        agreement,
+    )
     return _Trainer(
-        worker,
+        partial(supervise, order),
         elastic=_Elastic(admissible_sizes(cfg), newest_state) if low < high else None,
-        train_loop_config={"config": dump_config(cfg)},
-        torch_config=_TorchSetup(backend="nccl" if cfg.cluster.gpus_per_worker else "gloo"),
+        agreement=agreement,
+        backend_config=_Devices(),
         scaling_config=ScalingConfig(
             num_workers=low if low == high else (low, high),
             use_gpu=cfg.cluster.gpus_per_worker > 0,
@@ -86,17 +123,15 @@ def _trainer(
             name=f"ddpm-{uuid.uuid4().hex[:8]}",
             storage_path=folder,
             failure_config=FailureConfig(max_failures=cfg.cluster.max_failures),
-            worker_runtime_env={"env_vars": _worker_environment(cfg)},
         ),
     )
 
 
-def preemption_announced() -> bool:
-    """Whether Ray has told this worker that a node of the run is about to be taken away.
-
-    Ray's own `get_preemption_info` is a barrier of all workers; the loop has a cheaper way to agree.
-    """
-    return get_internal_train_context().preemption_context.preemption_info is not None
+def _agreement(max_failures: int) -> Any:
+    """The supervisors' actor, on the driver's node: where that is lost, so is the job."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(num_cpus=0, max_concurrency=100_000, scheduling_strategy=here)(Agreement)  # type: ignore
+    return actor.remote(max_failures)
 
 
 def await_resources(workers: int, each: dict[str, float], patience_s: float) -> None:
@@ -135,12 +170,13 @@ class _Elastic:
     newest_state: Callable[[], int | None]
 
 
-class _Trainer(TorchTrainer):
-    """TorchTrainer with policies of ours for failures and sizes."""
+class _Trainer(DataParallelTrainer):
+    """Ray's trainer with policies of ours for failures and sizes."""
 
-    def __init__(self, worker: Callable[[dict[str, Any]], None], elastic: _Elastic | None, **arguments: Any) -> None:
-        super().__init__(worker, **arguments)
-        self._policies: dict[str, Any] = {"failure_policy": _StopOnWrong(arguments["run_config"].failure_config)}
+    def __init__(self, work: Callable[[], None], elastic: _Elastic | None, agreement: Any, **arguments: Any) -> None:
+        super().__init__(work, **arguments)
+        failure = _StopOnWrong(arguments["run_config"].failure_config, agreement)
+        self._policies: dict[str, Any] = {"failure_policy": failure}
         if elastic is not None:
             self._policies["scaling_policy"] = _AdmissibleSizes(arguments["scaling_config"], elastic)
 
@@ -148,32 +184,35 @@ class _Trainer(TorchTrainer):
         return super()._initialize_and_run_controller(**{**arguments, **self._policies})
 
 
-class _InterfaceFirst(_TorchBackend):
-    """Joins the process group over the interface of each node's own address, as `init_world` would."""
+class _SharesDevices(Backend):
+    """Each rank sees the GPUs of all ranks of its node, as NCCL wants it; the process group is the ranks' own."""
 
-    def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        worker_group.execute(_choose_interface)
-        super().on_start(worker_group, backend_config)
+    share_cuda_visible_devices = True
 
 
-class _TorchSetup(TorchConfig):
+class _Devices(BackendConfig):
     @property
-    def backend_cls(self) -> type[_TorchBackend]:
-        return _InterfaceFirst
-
-
-def _choose_interface() -> None:
-    use_interface_of(ray.util.get_node_ip_address())
+    def backend_cls(self) -> type[Backend]:
+        return _SharesDevices
 
 
 class _StopOnWrong(DefaultFailurePolicy):
+    """What follows when a worker group has failed as a whole. agreement: counts failures, those of ranks as well."""
+
+    def __init__(self, failure_config: FailureConfig, agreement: Any) -> None:
+        super().__init__(failure_config)
+        self._agreement = agreement
+
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         own = _own_error(training_failed_error)
         if isinstance(own, PreemptedError):  # nobody's failure: it doesn't count
             return FailureDecision.RETRY
         if own is not None and not isinstance(own, MAY_PASS):
             return FailureDecision.RAISE
-        return super().make_decision(training_failed_error)
+        if not isinstance(training_failed_error, WorkerGroupError):
+            return super().make_decision(training_failed_error)
+        another = self._agreement.ray_failed.remote().future().result(ANSWER_S)
+        return FailureDecision.RETRY if another else FailureDecision.RAISE
 
 
 class _AdmissibleSizes(ElasticScalingPolicy):
@@ -235,9 +274,9 @@ def _resources(cfg: Config) -> dict[str, float]:
     return each
 
 
-def _worker_environment(cfg: Config) -> dict[str, str]:
+def _rank_environment(cfg: Config) -> dict[str, str]:
     """Settings that must stand before torch is imported; never a secret, since a job's details show them."""
-    environment = {"OMP_NUM_THREADS": str(cfg.threads), "RAY_CHDIR_TO_TRIAL_DIR": "0"}
+    environment = {"OMP_NUM_THREADS": str(cfg.threads)}
     if not cfg.cluster.gpus_per_worker:
         environment["DS_ACCELERATOR"] = "cpu"
     return environment

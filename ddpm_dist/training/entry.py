@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ddpm_dist import cli, device as devices
+from ddpm_dist.cluster import tell
 from ddpm_dist.config import Config
 from ddpm_dist.data import Loader
 from ddpm_dist.engine import World, broadcast_object, init_world
@@ -41,10 +42,12 @@ def finished(cfg: Config, token: str) -> bool:
 
 
 def ray_worker(arguments: dict[str, Any], token: str, preempted: Callable[[], bool]) -> None:
-    """One rank under Ray Train. arguments: {"config": resolved YAML}. preempted: see `Training`."""
+    """One rank of a Ray cluster. arguments: {"config": resolved YAML}. preempted: see `Training`."""
     cli.setup_logging()
     cfg = parse_config(arguments["config"])
-    _train(Training(cfg, init_world(cfg.cluster), token, preempted))
+    world = init_world(cfg.cluster)
+    tell("group")
+    _train(Training(cfg, world, token, preempted))
 
 
 def deepspeed_worker(cfg: Config) -> World:

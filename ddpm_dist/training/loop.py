@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ddpm_dist import snapshot, storage
+from ddpm_dist.cluster import restart_parts, tell
 from ddpm_dist.config import Config
 from ddpm_dist.data import Batch, Loader
 from ddpm_dist.diffusion import LossHistory
@@ -59,6 +60,7 @@ class Training:
         self.lease = run_folder.Lease(cfg.run.url, token, owner) if world.rank == 0 else None
         network, self.diffusion = snapshot.build(cfg)
         self.engine = Engine(network, cfg, world, self.plan.micro_batch, self.plan.accumulation)
+        tell("engine")
         self.ema = Ema(self.engine.pieces(), cfg)
         learns_t = cfg.diffusion.t_sampling == "loss_second_moment"
         self.history = LossHistory(cfg.diffusion.timesteps) if learns_t else None
@@ -70,6 +72,7 @@ class Training:
         self.step = self._resume(last_sign)
         """Optimizer steps done."""
         self.store.prepare(self.engine, self.ema)
+        tell("state")
         self.events = EventLog(cfg.run.url, self.store.attempt, self.step) if world.rank == 0 else None
         self.progress = StepProgress(self.step, cfg.train.steps, cfg.train.global_batch) if world.rank == 0 else None
         self.publisher = SnapshotPublisher(cfg, world, self.diffusion, self.events, owner)
@@ -92,10 +95,13 @@ class Training:
         while self.step < cfg.train.steps and not (stopping or preempted):
             with self.clock.phase("data"):
                 batch = next(batches)
+            tell("first_batch")
             with self.trace.around(self.step):
                 result = self._one_step(batch)
             stopping, preempted = self._exchange(batch, result)
             self.step += 1
+            if tell("first_step") and self.events is not None:
+                self.events.scalars(restart_parts(), self.step)
             self._publish(save_now=stopping or preempted)
             if self.step % cfg.logging.every_steps == 0 or self.step == cfg.train.steps or stopping or preempted:
                 self._log(result)

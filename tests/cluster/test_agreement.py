@@ -1,6 +1,7 @@
 """The supervisors' agreement, as plain coroutines: who joins what, what ends an attempt, and when there is no other."""
 
 import asyncio
+import time
 from collections.abc import Coroutine
 from typing import Any
 
@@ -30,8 +31,9 @@ def test_an_attempt_begins_when_all_are_there_and_ends_when_all_have_finished() 
     async def run() -> None:
         agreement = Agreement(10)
         first = await pending(agreement.join("a", 1, 2, None))
-        assert await agreement.join("a", 0, 2, "port") == {"number": 1, "master": "port", "pause_s": 0.0}
-        assert await first == {"number": 1, "master": "port", "pause_s": 0.0}
+        joined = {"number": 1, "master": "port", "pause_s": 0.0, "failed_at": None}
+        assert await agreement.join("a", 0, 2, "port") == joined
+        assert await first == joined
         early = await pending(agreement.finished(1, 1, False))
         assert await agreement.finished(1, 0, False) == "done"
         assert await early == "done"
@@ -52,6 +54,26 @@ def test_the_first_failure_ends_an_attempt_for_all_and_counts_once() -> None:
         await begin(agreement)
         text = await agreement.failed(3, 0, "SIGKILL", True)
         assert text == "SIGKILL; given up after 3 failures, as cluster.max_failures says"
+
+    asyncio.run(run())
+
+
+def test_a_restart_counts_from_the_end_of_the_attempt_before() -> None:
+    """Of the first that made a group, if those between never did."""
+
+    async def run() -> None:
+        agreement = Agreement(10)
+        assert (await begin(agreement))["failed_at"] is None
+        before = time.time()
+        await agreement.failed(1, 1, "SIGKILL", True)
+        after = time.time()
+        lonely = await pending(agreement.join("a", 0, 2, None))
+        await asyncio.sleep(0.02)
+        found = (await begin(agreement, "b"))["failed_at"]
+        assert before <= found <= after
+        assert await lonely is None
+        await agreement.ray_failed()
+        assert (await begin(agreement, "c"))["failed_at"] > after
 
     asyncio.run(run())
 

@@ -1,6 +1,8 @@
 """What we assume of Ray Train's two policies, and what ours decide with them."""
 
+import asyncio
 from collections.abc import Callable, Container
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +14,7 @@ from ray.train.v2.api.config import FailureConfig, ScalingConfig
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from ddpm_dist.cluster import train as ray_train
+from ddpm_dist.cluster.agreement import Agreement
 from ddpm_dist.errors import (
     DdpmDistError,
     HangError,
@@ -39,6 +42,20 @@ def failure(*errors: BaseException) -> WorkerGroupError:
     return WorkerGroupError("failed", wrapped)  # type: ignore[arg-type]
 
 
+def stop_on_wrong(max_failures: int) -> ray_train._StopOnWrong:
+    """The policy with an agreement of its own process."""
+    agreement = Agreement(max_failures)
+
+    def ray_failed() -> SimpleNamespace:
+        answer: Future[bool] = Future()
+        agreement._attempt.number += 1  # a group that began, and was lost
+        answer.set_result(asyncio.run(agreement.ray_failed()))
+        return SimpleNamespace(future=lambda: answer)
+
+    actor = SimpleNamespace(ray_failed=SimpleNamespace(remote=ray_failed))
+    return ray_train._StopOnWrong(FailureConfig(max_failures=max_failures), actor)
+
+
 @pytest.mark.parametrize(
     ("errors", "decision"),
     [
@@ -50,12 +67,12 @@ def failure(*errors: BaseException) -> WorkerGroupError:
     ],
 )
 def test_only_errors_that_come_again_stop_a_run(errors: list[BaseException], decision: FailureDecision) -> None:
-    policy = ray_train._StopOnWrong(FailureConfig(max_failures=1))
+    policy = stop_on_wrong(1)
     assert policy.make_decision(failure(*errors)) is decision
 
 
 def test_failures_are_counted() -> None:
-    policy = ray_train._StopOnWrong(FailureConfig(max_failures=1))
+    policy = stop_on_wrong(1)
     assert policy.make_decision(failure(RuntimeError("1"))) is FailureDecision.RETRY
     assert policy.make_decision(failure(RuntimeError("2"))) is FailureDecision.RAISE
 
@@ -119,7 +136,7 @@ def test_running_workers_are_not_ended_to_have_fewer(policy: Callable[..., ray_t
 
 
 def test_a_preemption_is_not_counted_as_a_failure() -> None:
-    policy = ray_train._StopOnWrong(FailureConfig(max_failures=0))
+    policy = stop_on_wrong(0)
     assert policy.make_decision(failure(PreemptedError("step 7 is saved"))) is FailureDecision.RETRY
 
 

@@ -47,6 +47,7 @@ def recorded_worker(arguments: dict[str, Any], token: str, preempted: Callable[[
 
 if __name__ == "__main__":
     from ddpm_dist.commands import train
+    from tests.hosts import train_recorded  # by its own name, so that ranks find it
 
-    train.ray_worker = recorded_worker
+    train.ray_worker = train_recorded.recorded_worker  # type: ignore[attr-defined]
     cli.run(train.main)

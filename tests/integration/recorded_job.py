@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from ddpm_dist import cli
-from ddpm_dist.cluster.train import preemption_announced, train_on_ray
+from ddpm_dist.cluster import preemption_announced, train_on_ray
 from ddpm_dist.engine.world import init_world
 from ddpm_dist.recipe import dump_config, load_config, parse_config
 from ddpm_dist.state.history import latest_step

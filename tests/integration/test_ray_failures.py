@@ -98,7 +98,7 @@ def test_a_rank_that_stops_is_found_by_the_others_and_the_run_begins_again(
     job = Job(cluster, tmp_path, *plan, "train.steps=1000000")
     try:
         job.wait_until(lambda: (latest_step(run_url) or 0) >= 5)
-        stopped = cluster.workers("ray::RayTrainWorker")[0]
+        stopped = cluster.workers("ddpm_dist rank")[0]
         stopped.suspend()
         assert attempts(run_url) == 1
         job.wait_for_attempt(run_url, 2)
@@ -126,7 +126,7 @@ def test_a_loader_process_that_dies_costs_an_attempt_and_nothing_else(
               "cluster.workers=1")  # fmt: skip
     try:
         job.wait_until(lambda: (latest_step(run_url) or 0) >= 5)
-        (worker,) = cluster.workers("ray::RayTrainWorker")
+        (worker,) = cluster.workers("ddpm_dist rank")
         (loader,) = [p for p in worker.children() if any("spawn_main" in part for part in p.cmdline())]
         loader.send_signal(signal.SIGKILL)
         job.wait_for_attempt(run_url, 2)
@@ -185,7 +185,7 @@ def test_an_elastic_run_takes_admissible_sizes_and_the_same_batches(
         job.wait_until(lambda: (latest_step(run_url) or 0) >= 5)
         worlds.append(job.last_world())
         before = attempts(run_url)
-        cluster.workers("ray::RayTrainWorker")[0].kill()
+        cluster.workers("ddpm_dist rank")[0].kill()
         job.wait_for_attempt(run_url, before + 1)
         for change, size in ((lambda: cluster.kill_node(node), 1), (lambda: cluster.add_node(3), 4)):
             change()

@@ -61,8 +61,8 @@ def kill(cluster: RayCluster, is_it: Callable[[list[str]], bool]) -> None:
     raise AssertionError("there is no such process")
 
 
-def is_worker(command: list[str]) -> bool:
-    return bool(command) and command[0].startswith("ray::RayTrainWorker")
+def is_rank(command: list[str]) -> bool:
+    return bool(command) and command[0].startswith("ddpm_dist rank")
 
 
 def is_driver(command: list[str]) -> bool:
@@ -89,7 +89,7 @@ def test_killed_worker_and_killed_driver_leave_no_trace_in_the_weights(cluster: 
 
     job = Job(cluster, f"run.url={broken}", *common)
     wait_for_state(broken, 4, job)
-    kill(cluster, is_worker)  # Ray Train starts the workers again, within the same job
+    kill(cluster, is_rank)  # its supervisor starts another one, within the same job
     wait_for_state(broken, 12, job)
     kill(cluster, is_driver)  # the driver; nobody starts it again
     job.wait()

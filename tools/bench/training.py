@@ -14,7 +14,8 @@ memory     bytes of a rank's tensors by ZeRO stage, over the formula
 resume     seconds to claim and read a state, by its size
 follow     images/s of the system while a follower evaluates its snapshots on the servers' core, over those without one.
            Target: 0.98
-restart    seconds from SIGKILL of a worker to the next new step, beside Ray Train's way with its own checkpoints
+restart    seconds from SIGKILL to the next new step, with 1 and 2 workers and several victims, and of a job's start,
+           beside Ray Train's way with its own checkpoints
 
 Workers run on the first core (the first cores, where there are several), servers on the last. The sides take turns;
 ratios are medians over rounds, in pairs. The network lies between the digits' and CIFAR-10's: configs/cifar10.yaml with
@@ -141,7 +142,7 @@ PARTS: dict[str, Callable[[Bench], Found]] = {
     "memory": lambda bench: bench_memory(bench.args.full_channels),
     "resume": lambda bench: bench_resume(bench.url, bench.cores[0]),
     "follow": lambda bench: bench_follow(bench.config, bench.cores, bench.args.steps, bench.args.rounds),
-    "restart": lambda bench: bench_restart(bench.config, bench.server, bench.cores[0], bench.args.rounds),
+    "restart": lambda bench: bench_restart(bench.config, bench.server, bench.cores, bench.args.rounds),
 }
 
 

@@ -1,4 +1,6 @@
-"""From SIGKILL of a worker to the next new step, ours beside Ray Train's way: a part of tools/bench/training.py.
+"""From a SIGKILL to the next new step, and from `ray.init` to the first, ours beside Ray Train's way.
+
+A part of tools/bench/training.py.
 
 Run as a Ray job, this file is one of both sides; every step leaves a line in the file STAMPS.
 """
@@ -22,6 +24,7 @@ if str(ROOT) not in sys.path:
 import psutil  # type: ignore[import-untyped]  # noqa: E402
 import torch  # noqa: E402
 
+from ddpm_dist import storage  # noqa: E402
 from ddpm_dist.config import Config  # noqa: E402
 from ddpm_dist.errors import ClusterError  # noqa: E402
 from ddpm_dist.recipe import dump_config, parse_config  # noqa: E402
@@ -32,44 +35,110 @@ from tools.local.s3_server import S3Server, client_environment  # noqa: E402
 EVERY = 5
 """Steps between the checkpoints of both sides."""
 PATIENCE_S = 600.0
+Found = dict[str, float]
 
 
-def bench_restart(make_config: Callable[..., Config], server: S3Server, core: int, rounds: int) -> dict[str, float]:
-    """Median seconds of both sides, and theirs over ours; one worker on `core`."""
-    seconds: dict[str, list[float]] = {"ours": [], "ray": []}
-    for _ in range(rounds):
-        for side, found in seconds.items():
-            cfg = make_config(f"checkpoint.every_steps={EVERY}", "cluster.workers=1")
-            found.append(_one_kill(side, cfg, server, core))
-            print(f"{side}: {found[-1]:.1f} s from SIGKILL to the next step", flush=True)
-    medians = {side: statistics.median(found) for side, found in seconds.items()}
-    return {
-        "restart_seconds": medians["ours"],
-        "restart_seconds_ray": medians["ray"],
-        "restart_ray_of_ours": medians["ray"] / medians["ours"],
+def bench_restart(make_config: Callable[..., Config], server: S3Server, cores: list[int], rounds: int) -> Found:
+    """Median seconds of both sides by victim and number of workers, and theirs over ours.
+
+    One worker has a core for itself; two share what there is, on both sides.
+    """
+    seconds: dict[str, list[float]] = {}
+    for workers in (1, 2):
+        for number in range(rounds):
+            for side in ("ours", "ray") if number % 2 == 0 else ("ray", "ours"):
+                cfg = make_config(f"checkpoint.every_steps={EVERY}", f"cluster.workers={workers}")
+                second = make_config(f"checkpoint.every_steps={EVERY}", f"cluster.workers={workers}", "train.steps=3")
+                for name, spent in _one_round(side, cfg, second, server, cores[:workers]).items():
+                    seconds.setdefault(f"{name}_{workers}_{side}", []).append(spent)
+                    print(f"{side}, {workers} workers, {name}: {spent:.2f} s", flush=True)
+    medians = {name: statistics.median(found) for name, found in seconds.items()}
+    ratios = {
+        f"restart_ray_of_ours_{name.removesuffix('_ours')}": medians[name.replace("_ours", "_ray")] / ours
+        for name, ours in medians.items()
+        if name.endswith("_ours") and name.replace("_ours", "_ray") in medians
     }
+    return {**{f"restart_seconds_{name}": value for name, value in medians.items()}, **ratios}
 
 
-def _one_kill(side: str, cfg: Config, server: S3Server, core: int) -> float:
-    """A fresh cluster and job, killed once after two checkpoints."""
-    with tempfile.TemporaryDirectory(prefix="ddpm-bench-restart-") as folder:
-        stamps, order = Path(folder) / "stamps", Path(folder) / "order.json"
-        stamps.touch()
-        order.write_text(
-            json.dumps({"config": dump_config(cfg), "stamps": str(stamps), "folder": folder, "core": core})
-        )
-        lines: list[str] = []
-        with RayCluster(1, {**client_environment(server), "PYTHONPATH": str(ROOT)}) as cluster:
-            command = ["python", "tools/bench/training_restart.py", side, str(order)]
-            job = threading.Thread(target=_submit, args=(cluster, command, lines))
-            job.start()
-            _await(lambda: len(stamps.read_text().splitlines()) > 2 * EVERY + 2, job, lines)
-            (worker,) = [process for process in cluster.processes() if _is_worker(process)]
-            worker.kill()
-            killed = time.time()
-            _await(lambda: any(pid != worker.pid for pid, _ in _read(stamps)), job, lines)
-        job.join()
-        return next(when for pid, when in _read(stamps) if pid != worker.pid) - killed
+VICTIMS: dict[str, dict[str, tuple[str, bool]]] = {
+    "rank": {"ours": ("ddpm_dist rank", False), "ray": ("ray::RayTrainWorker", False)},
+    "all_ranks": {"ours": ("ddpm_dist rank", True), "ray": ("ray::RayTrainWorker", True)},
+    "ray_worker": {"ours": ("ray::RayTrainWorker", False), "ray": ("ray::RayTrainWorker", False)},
+    "standby": {"ours": ("ddpm_dist standby", False)},
+}
+"""Who is killed -> side -> beginning of its title, and whether all of them are."""
+
+
+def _one_round(side: str, cfg: Config, second: Config, server: S3Server, cores: list[int]) -> dict[str, float]:
+    """A fresh cluster with one job, of which one victim after the other is killed, and then a second, short job."""
+    found: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(prefix="ddpm-bench-restart-") as name:
+        folder = Path(name)
+        with RayCluster(cfg.worker_range[0], {**client_environment(server), "PYTHONPATH": str(ROOT)}) as cluster:
+            with _Job(cluster, side, cfg, folder / "first", cores) as job:
+                found["first_job"] = job.first_step()
+                for victim, sides in VICTIMS.items():
+                    if side in sides and not (victim == "all_ranks" and len(cores) == 1):
+                        found[victim] = job.kill(*sides[side])
+                job.stop()
+            with _Job(cluster, side, second, folder / "second", cores) as job:
+                found["job_on_warm_node"] = job.first_step()
+    return found
+
+
+class _Job:
+    """A side's training on a cluster."""
+
+    def __init__(self, cluster: RayCluster, side: str, cfg: Config, folder: Path, cores: list[int]) -> None:
+        folder.mkdir()
+        self._cluster, self._url, self._stamps, order = cluster, cfg.run.url, folder / "stamps", folder / "order.json"
+        self._stamps.touch()
+        self._end = folder / "end"
+        orders = {"config": dump_config(cfg), "stamps": str(self._stamps), "end": str(self._end)}
+        order.write_text(json.dumps({**orders, "folder": str(folder), "cores": cores, "workers": len(cores)}))
+        self._lines: list[str] = []
+        command = ["python", "tools/bench/training_restart.py", side, str(order)]
+        self._thread = threading.Thread(target=_submit, args=(cluster, command, self._lines))
+
+    def __enter__(self) -> "_Job":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def first_step(self) -> float:
+        """Seconds from `ray.init` to the end of the first step."""
+        self._await(lambda: len(_read(self._stamps)) > 1)
+        (_, began), (_, stepped) = _read(self._stamps)[:2]
+        return stepped - began
+
+    def kill(self, title: str, all_of_them: bool) -> float:
+        """Seconds from SIGKILL to the end of the first step by a new process."""
+        done = len(_read(self._stamps))
+        self._await(lambda: len(_read(self._stamps)) > done + 2 * EVERY + 2)
+        victims = [process for process in self._cluster.processes() if _titled(process, title)]
+        old = {pid for pid, _ in _read(self._stamps)}
+        for process in victims if all_of_them else victims[:1]:
+            process.kill()
+        killed = time.time()
+        self._await(lambda: any(pid not in old for pid, _ in _read(self._stamps)))
+        return next(when for pid, when in _read(self._stamps) if pid not in old) - killed
+
+    def stop(self) -> None:
+        """Both sides leave after their next step."""
+        self._end.touch()
+        self._thread.join(PATIENCE_S)
+
+    def _await(self, true: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not true():
+            if not self._thread.is_alive() or time.monotonic() > deadline:
+                raise SystemExit(
+                    "the job of the benchmark makes no steps; its last words:\n" + "\n".join(self._lines[-30:])
+                )
+            time.sleep(0.02)
 
 
 def _submit(cluster: RayCluster, command: list[str], lines: list[str]) -> None:
@@ -79,17 +148,9 @@ def _submit(cluster: RayCluster, command: list[str], lines: list[str]) -> None:
         lines.append(str(error))
 
 
-def _await(true: Callable[[], bool], job: threading.Thread, lines: list[str]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not true():
-        if not job.is_alive() or time.monotonic() > deadline:
-            raise SystemExit("the job of the benchmark makes no steps; its last words:\n" + "\n".join(lines[-30:]))
-        time.sleep(0.02)
-
-
-def _is_worker(process: psutil.Process) -> bool:
+def _titled(process: psutil.Process, title: str) -> bool:
     try:
-        return bool(process.cmdline()[0].startswith("ray::RayTrainWorker"))
+        return process.cmdline()[0].startswith(title)
     except (psutil.Error, IndexError):
         return False
 
@@ -113,12 +174,14 @@ def our_worker(arguments: dict[str, Any], token: str, order: dict[str, Any]) -> 
     from ddpm_dist.engine.engine import Engine
     from ddpm_dist.training.entry import ray_worker
 
-    os.sched_setaffinity(0, {order["core"]})
+    os.sched_setaffinity(0, set(order["cores"]))
     step = Engine.step
 
     def stamped(self: Engine, lr: float) -> Any:
         report = step(self, lr)
         stamp(order["stamps"])
+        if os.path.exists(order["end"]):
+            storage.publish(storage.join(parse_config(arguments["config"]).run.url, "stop"), b"")
         return report
 
     Engine.step = stamped  # type: ignore[method-assign]
@@ -133,7 +196,7 @@ def rays_worker(order: dict[str, Any]) -> None:
     from ddpm_dist import snapshot
     from ddpm_dist.training.step import to_model_range
 
-    os.sched_setaffinity(0, {order["core"]})
+    os.sched_setaffinity(0, set(order["cores"]))
     cfg = parse_config(order["config"])
     shape = (cfg.train.global_batch, cfg.data.channels, cfg.data.image_size, cfg.data.image_size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8)
@@ -154,6 +217,8 @@ def rays_worker(order: dict[str, Any]) -> None:
         loss.backward()
         optimizer.step()
         stamp(order["stamps"])
+        if os.path.exists(order["end"]):
+            return
         if (step + 1) % EVERY == 0:
             with tempfile.TemporaryDirectory() as folder:
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
@@ -164,13 +229,15 @@ def rays_worker(order: dict[str, Any]) -> None:
 def main(side: str, order_file: str) -> None:
     order = json.loads(Path(order_file).read_text())
     cfg = parse_config(order["config"])
+    stamp(order["stamps"])
     from tools.bench import training_restart as by_name  # functions that workers find by their module
 
     if side == "ours":
-        from ddpm_dist.cluster.train import train_on_ray
+        from ddpm_dist.cluster import train_on_ray, warm_nodes
         from ddpm_dist.training import run_folder
         from ddpm_dist.training.entry import finished
 
+        warm_nodes(cfg)
         token = run_folder.new_token()
         finished(cfg, token)
         train_on_ray(cfg, partial(by_name.our_worker, token=token, order=order), partial(latest_step, cfg.run.url))
@@ -180,7 +247,10 @@ def main(side: str, order_file: str) -> None:
 
         run = RunConfig(storage_path=order["folder"], name="ray", failure_config=FailureConfig(max_failures=-1))
         TorchTrainer(
-            by_name.rays_worker, train_loop_config=order, scaling_config=ScalingConfig(num_workers=1), run_config=run
+            by_name.rays_worker,
+            train_loop_config=order,
+            scaling_config=ScalingConfig(num_workers=order["workers"]),
+            run_config=run,
         ).fit()
 
 
