@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING
 from ddpm_dist.lazy import lazily
 
 if TYPE_CHECKING:
-    from ddpm_dist.engine.engine import Engine as Engine, StepReport as StepReport
+    from ddpm_dist.engine.engine import (
+        LOWEST_LOSS_SCALE as LOWEST_LOSS_SCALE,
+        Engine as Engine,
+        StepReport as StepReport,
+    )
     from ddpm_dist.engine.launchers import check_single as check_single
     from ddpm_dist.engine.pieces import (
         Address as Address,
@@ -28,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__, _asked = lazily(
     __name__,
-    engine="Engine StepReport",
+    engine="Engine LOWEST_LOSS_SCALE StepReport",
     launchers="check_single",
     pieces="Address Ownership Piece bytes_of gather_full",
     world="World broadcast_object gather_objects init_world use_interface_of",

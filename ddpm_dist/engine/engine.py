@@ -24,6 +24,8 @@ from ddpm_dist.errors import ConfigError
 from ddpm_dist.models import SLOW_BF16
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LOWEST_LOSS_SCALE = 1.0
+"""fp16's factor of the loss is halved down to this."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,9 @@ class Engine:
         self._ds = initialize(network, self._adam, settings, world)
         self._layout = LAYOUTS[cfg.zero.stage](self._ds, self._adam, world)
         self._pieces = self._layout.pieces()
+        if (scaler := self._scaler()) is not None:
+            # DeepSpeed would end the process there with a bare Exception; whoever counts skipped steps decides.
+            scaler.min_scale, scaler.raise_error_at_min_scale = LOWEST_LOSS_SCALE, False
         if initial is not None:
             for piece in self._pieces:
                 piece.weights.copy_(initial[piece.name][piece.offset : piece.offset + piece.numel])

@@ -9,7 +9,7 @@ import torch
 from ddpm_dist import storage
 from ddpm_dist.config import Config
 from ddpm_dist.data import Batch
-from ddpm_dist.engine import World
+from ddpm_dist.engine import LOWEST_LOSS_SCALE, World
 from ddpm_dist.errors import NonFiniteError, StorageError
 from ddpm_dist.training.step import StepResult
 
@@ -26,14 +26,20 @@ class SkippedSteps:
         self.total = 0
 
     def see(self, step: int, batch: Batch, result: StepResult) -> None:
-        """Raises NonFiniteError after train.max_nonfinite_steps skipped steps in a row."""
+        """Raises NonFiniteError after train.max_nonfinite_steps skipped steps in a row, on all ranks at once.
+
+        Under fp16 a scale that was too high is halved, which is no failure, as long as there is something to halve.
+        The ranks share the scale, and so agree on that; a loss of its own that isn't finite each one keeps a record of.
+        """
         if result.report.applied:
             self.in_a_row = 0
             return
-        if self._cfg.precision == "fp16" and bool(torch.isfinite(result.loss).all()):
-            return  # the loss scale was too high, and has been halved: part of fp16, not a failure
-        self.in_a_row += 1
-        self.total += 1
+        halved = self._cfg.precision == "fp16" and result.report.loss_scale > LOWEST_LOSS_SCALE
+        if halved and bool(torch.isfinite(result.loss).all()):
+            return
+        if not halved:
+            self.in_a_row += 1
+            self.total += 1
         where = storage.join(self._cfg.run.url, "failures", f"step-{step:09d}-rank-{self._world.rank:05d}.json")
         log.warning("step %d was not applied: the loss or the gradient is not finite; see %s", step, where)
         try:

@@ -15,8 +15,10 @@ import torch
 if TYPE_CHECKING:
     from tests.cuda.ranks import Ranks
 
-NEEDED = ("deepspeed", "hjson", "cpuinfo", "pydantic", "webdataset", "simplejpeg", "pyspng", "safetensors", "psutil",
-          "yaml", "fsspec", "tensorboard", "PIL", "numpy", "hypothesis", "pytest_timeout")  # fmt: skip
+NEEDED = (
+    "deepspeed", "hjson", "cpuinfo", "pydantic", "webdataset", "braceexpand", "simplejpeg", "pyspng", "safetensors",
+    "psutil", "yaml", "fsspec", "tensorboard", "PIL", "numpy", "hypothesis", "pytest_timeout",
+)  # fmt: skip
 """What file:// needs of other packages, beside torch; neither Ray nor S3's."""
 
 

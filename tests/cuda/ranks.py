@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ddpm_dist.config import ClusterConfig
+from ddpm_dist.engine import engine
 from ddpm_dist.engine.world import World, init_world
 from tests.engine.worker_group import _free_port
 
@@ -90,13 +91,23 @@ def _serve(pipe: Any, environment: dict[str, str], cluster: ClusterConfig) -> No
         except EOFError:
             return
         try:
-            world = world or init_world(cluster)
+            world = world or _start(cluster)
             answer: Any = [_on_host(function(world, *arguments))]
         except BaseException:
             answer = traceback.format_exc()
         if world is not None and world.device.type == "cuda":
             torch.cuda.empty_cache()
         pipe.send_bytes(pickle.dumps(answer))
+
+
+def _start(cluster: ClusterConfig) -> World:
+    world = init_world(cluster)
+    if world.device.type == "cpu":  # a rehearsal of fp16, which nobody would train with there
+        from deepspeed.accelerator import get_accelerator
+
+        engine.check = lambda cfg, world: None
+        get_accelerator().is_fp16_supported = lambda: True
+    return world
 
 
 def _on_host(value: Any) -> Any:

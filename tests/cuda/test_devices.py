@@ -72,7 +72,7 @@ def refusals(world: World) -> list[str]:
     finally:
         os.environ["PATH"] = path
     if world.device.type == "cuda":
-        check(group.config(precision="fp16"), world)
+        check(group.config(precision="fp16", cluster={"gpus_per_worker": 1}), world)
     return said
 
 
@@ -105,7 +105,8 @@ def test_tf32_is_off_where_it_is_said(device: str, tf32: bool) -> None:
         ranks.close()
     for name, error in errors.items():
         if tf32 and device == "cuda":
-            assert 5e-5 < error < 3e-3, f"{name}: 10 bits of mantissa"
+            assert error < 3e-3, f"{name}: 10 bits of mantissa"
+            assert name == "convolution" or error > 5e-5, "cuDNN chooses; a product has no choice"
         else:
             assert error < 2e-5, name
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ddpm_dist.config import Config
 from ddpm_dist.engine.world import World
 from tests.cuda.ranks import Ranks
 from tests.cuda.small import Steps
@@ -21,8 +22,13 @@ NEAR = {"fp32": 2e-6, "bf16": 3e-2, "fp16": 4e-3}
 """Relative difference of a gradient from float32's, by the precision of the activations."""
 
 
+def config(stage: int, precision: str, **sections: dict[str, Any]) -> Config:
+    """fp16 is refused where no GPU is asked for."""
+    return group.config(stage=stage, precision=precision, cluster={"gpus_per_worker": 1}, **sections)
+
+
 def train(world: World, stage: int, precision: str, accumulation: int) -> dict[str, Any]:
-    cfg = group.config(stage=stage, precision=precision, train={"grad_clip": 1e9})
+    cfg = config(stage, precision, train={"grad_clip": 1e9})
     engine = group.build(world, cfg, accumulation)
     norms, first = [], {}
     applied = 0
@@ -59,17 +65,9 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return float(difference.norm() / torch.cat([b[name].double().flatten() for name in b]).detach().norm())
 
 
-def skip_fp16(precision: str, device: str) -> None:
-    if precision == "fp16" and device == "cpu":
-        pytest.skip("fp16 needs a GPU")
-
-
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize(("stage", "precision"), MODES)
-def test_steps_are_those_of_a_plain_loop(
-    alone: Ranks, device: str, stage: int, precision: str, accumulation: int
-) -> None:
-    skip_fp16(precision, device)
+def test_steps_are_those_of_a_plain_loop(alone: Ranks, stage: int, precision: str, accumulation: int) -> None:
     (found,) = alone(train, stage, precision, accumulation)
     expected = plain()
     near = NEAR[precision]
@@ -87,7 +85,7 @@ def skip_a_step(world: World, stage: int, precision: str, poison: float) -> dict
     """Good steps, with and without a poisoned one among them."""
     found: dict[str, Any] = {}
     for label, plan in {"clean": (0, 1), "poisoned": (0, -1, 1)}.items():
-        engine = group.build(world, group.config(stage=stage, precision=precision), 2)
+        engine = group.build(world, config(stage, precision), 2)
         if precision == "fp16":  # a scale that fits, so that nothing else is left out
             vars(engine._scaler()).update({"cur_scale": 8.0})
         reports = []
@@ -105,8 +103,7 @@ def skip_a_step(world: World, stage: int, precision: str, poison: float) -> dict
 
 
 @pytest.mark.parametrize(("stage", "precision"), MODES)
-def test_a_gradient_that_is_not_finite_leaves_no_trace(alone: Ranks, device: str, stage: int, precision: str) -> None:
-    skip_fp16(precision, device)
+def test_a_gradient_that_is_not_finite_leaves_no_trace(alone: Ranks, stage: int, precision: str) -> None:
     (found,) = alone(skip_a_step, stage, precision, math.nan)
     skipped = found["poisoned_reports"].pop(1)
     assert not skipped.applied
@@ -117,7 +114,7 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace(alone: Ranks, device: str
 
 
 def offloaded(world: World, stage: int) -> list[float]:
-    cfg = group.config(stage=stage, precision="bf16", zero={"offload_optimizer": True})
+    cfg = config(stage, "bf16", zero={"offload_optimizer": True})
     engine = group.build(world, cfg)
     assert all(piece.weights.device.type == "cpu" for piece in engine.pieces())
     reports = []
@@ -136,7 +133,7 @@ def test_moments_in_host_memory(alone: Ranks, stage: int) -> None:
 
 def scaler(world: World, stage: int) -> dict[str, Any]:
     """fp16's scale through a resume: after the same steps, the same as without."""
-    engines = [group.build(world, group.config(stage=stage, precision="fp16")) for _ in range(2)]
+    engines = [group.build(world, config(stage, "fp16")) for _ in range(2)]
     for step in range(4):
         group.backward(engines[0], step)
         engines[0].step(LR)
@@ -154,8 +151,7 @@ def scaler(world: World, stage: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_fp16_s_scale_goes_on_through_a_resume(alone: Ranks, device: str, stage: int) -> None:
-    skip_fp16("fp16", device)
+def test_fp16_s_scale_goes_on_through_a_resume(alone: Ranks, stage: int) -> None:
     (found,) = alone(scaler, stage)
     assert found["scalars"][0] == found["scalars"][1]
     assert found["scalars"][0]["loss_scaler"]["cur_scale"] < 2**16, "it was halved on the way"
@@ -194,3 +190,21 @@ def waits(world: World, stage: int, precision: str) -> list[str]:
 def test_a_step_waits_for_its_device_once(alone: Ranks, stage: int, precision: str) -> None:
     (found,) = alone(waits, stage, precision)
     assert len(found) <= 1, "\n".join(found)
+
+
+def at_the_lowest_scale(world: World, stage: int) -> list[tuple[bool, float]]:
+    """(applied, scale) of steps whose gradient is never finite, from a scale that can't be halved on."""
+    engine = group.build(world, config(stage, "fp16"))
+    vars(engine._scaler()).update({"cur_scale": 2.0, "cur_hysteresis": 1})
+    found = []
+    for step in range(3):
+        group.backward(engine, step, math.nan)
+        report = engine.step(LR)
+        found.append((report.applied, report.loss_scale))
+    return found
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fp16_s_lowest_scale_ends_no_process(alone: Ranks, stage: int) -> None:
+    (found,) = alone(at_the_lowest_scale, stage)
+    assert found == [(False, 2.0), (False, 1.0), (False, 1.0)]

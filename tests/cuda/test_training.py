@@ -22,7 +22,7 @@ SETTINGS = (
     "model.channels=32", "model.channel_mult=[1,2]", "model.num_res_blocks=1", "model.dropout=0.1",
     f"train.steps={STEPS}", "train.global_batch=16", "train.max_micro_batch=8", "train.warmup_steps=2",
     "logging.every_steps=4", "logging.grid_images=4", "logging.grid_steps=2", "checkpoint.every_steps=4",
-    "checkpoint.snapshot_every_steps=8", "cluster.workers=1", "data.workers=2",
+    "checkpoint.snapshot_every_steps=8", "cluster.workers=1", "data.workers=2", "cluster.wait_seconds=0.1",
 )  # fmt: skip
 
 
@@ -32,7 +32,9 @@ def make_set(url: str) -> None:
     write_index(url, [write_shard(url, "a.tar", images)])
 
 
-def start(device: str, run: str, data: str, log: Path, *overrides: str) -> "subprocess.Popen[bytes]":
+def start(
+    device: str, run: str, data: str, log: Path, *overrides: str, hidden: bool = False
+) -> "subprocess.Popen[bytes]":
     gpus = "cluster.gpus_per_worker=1" if device == "cuda" else "cluster.gpus_per_worker=0"
     command = [sys.executable, str(ROOT / "launch/train_deepspeed.py"), "--config", str(ROOT / "configs/digits.yaml")]
     command += [f"run.url={run}", f"data.url={data}", gpus, *SETTINGS, *overrides]
@@ -41,6 +43,8 @@ def start(device: str, run: str, data: str, log: Path, *overrides: str) -> "subp
         environment["OMP_NUM_THREADS"] = "1"
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES"):
         environment.pop(name, None)
+    if hidden:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     with log.open("ab") as out:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True)
 
@@ -62,9 +66,9 @@ def data(tmp_path: Path) -> str:
 
 
 def test_a_killed_training_goes_on_bit_for_bit(device: str, data: str, tmp_path: Path) -> None:
-    log = tmp_path / "log"
+    log, beside = tmp_path / "log", tmp_path / "unbroken.log"
     unbroken, broken = f"file://{tmp_path}/unbroken", f"file://{tmp_path}/broken"
-    finish(start(device, unbroken, data, log), log)
+    other = start(device, unbroken, data, beside)  # at once, as each takes long to import
     job = start(device, broken, data, log)
     while (latest_step(broken) or 0) < 4:
         assert job.poll() is None, log.read_text()[-4000:]
@@ -72,6 +76,7 @@ def test_a_killed_training_goes_on_bit_for_bit(device: str, data: str, tmp_path:
     os.killpg(job.pid, signal.SIGKILL)
     job.wait()
     finish(start(device, broken, data, log), log)
+    finish(other, beside)
     text = log.read_text()
     assert "continuing at step" in text
     assert "Traceback" not in text, text[-4000:]
@@ -81,20 +86,11 @@ def test_a_killed_training_goes_on_bit_for_bit(device: str, data: str, tmp_path:
 
 def test_a_recipe_for_cpus_trains_beside_a_visible_gpu(device: str, data: str, tmp_path: Path) -> None:
     """gpus_per_worker: 0 gives the CPU's bits, with a GPU in sight and without."""
-    log, found = tmp_path / "log", []
-    for name, visible in (("seen", {}), ("hidden", {"CUDA_VISIBLE_DEVICES": ""})):
-        run = f"file://{tmp_path}/{name}"
-        before = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ.update(visible)
-        try:
-            finish(start("cpu", run, data, log, "train.steps=12"), log)
-        finally:
-            if before is None:
-                os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-            else:
-                os.environ["CUDA_VISIBLE_DEVICES"] = before
-        found.append(weights(run))
-    assert found[0] == found[1]
+    runs = {name: f"file://{tmp_path}/run-{name}" for name in ("seen", "hidden")}
+    jobs = {name: start("cpu", run, data, tmp_path / name, hidden=name == "hidden") for name, run in runs.items()}
+    for name, job in jobs.items():
+        finish(job, tmp_path / name)
+    assert weights(runs["seen"]) == weights(runs["hidden"])
 
 
 def test_without_a_compiler_it_says_so(device: str, data: str, tmp_path: Path) -> None:

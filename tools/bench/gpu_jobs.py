@@ -47,13 +47,23 @@ class System:
         world, token = init_world(cfg.cluster), run_folder.new_token()
         finished(cfg, token)
         self._training = _Gated(cfg, world, token)
-        threading.Thread(target=self._training.run, daemon=True).start()
+        self._failure: BaseException | None = None
+        threading.Thread(target=self._run, daemon=True).start()
         self._training.came.acquire()
 
     def step(self) -> None:
         """Until the loop stands before its next step."""
         self._training.may.release()
         self._training.came.acquire()
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self) -> None:
+        try:
+            self._training.run()
+        except BaseException as error:  # raised in `step`
+            self._failure = error
+        self._training.came.release()
 
 
 class _Gated(Training):

@@ -57,10 +57,12 @@ class Process:
 
     def __init__(self, make: Callable[..., Any], setting: Setting, *arguments: Any) -> None:
         context = multiprocessing.get_context("spawn")
+        self._made = 0.0
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make, setting, arguments), daemon=False)
         self._process.start()
         theirs.close()
+        self._pipe.send(("ready", ()))
 
     def __enter__(self) -> "Process":
         return self
@@ -71,12 +73,21 @@ class Process:
         self._pipe.close()
 
     def ready(self) -> float:
-        """Waits until the side is made and has done its first steps; the seconds that took, compiling included."""
-        return float(self.ask("ready"))
+        """Waits until the side is made and has done its first steps; the seconds that took, compiling included.
+
+        Several that were started are made side by side.
+        """
+        if not self._made:
+            self._made = float(self._hear())
+        return self._made
 
     def ask(self, what: str, *arguments: Any) -> Any:
         """A method of the side, or `seconds` (of so many steps), `profiled`, `memory`. RuntimeError with its words."""
+        self.ready()
         self._pipe.send((what, arguments))
+        return self._hear()
+
+    def _hear(self) -> Any:
         try:
             ended_well, answer = self._pipe.recv()
         except EOFError:
@@ -130,7 +141,7 @@ def profiled(step: Callable[[], Any], device: str, steps: int = 3) -> dict[str, 
     spans = sorted(
         (event.time_range.start, event.time_range.end)
         for event in prof.events() or ()
-        if event.device_type == torch.autograd.DeviceType.CUDA
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
     )
     if not spans:
         return {}
