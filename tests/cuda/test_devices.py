@@ -1,6 +1,8 @@
 """Which device, how exactly, and what is refused: on a machine where a GPU is really visible."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +10,16 @@ import pytest
 import torch
 
 from ddpm_dist import device as devices
+from ddpm_dist.cluster.child import Request
+from ddpm_dist.cluster.standby import find
 from ddpm_dist.config import ClusterConfig
 from ddpm_dist.engine.checks import check
 from ddpm_dist.engine.world import World
 from ddpm_dist.errors import ConfigError
-from tests.cuda.ranks import Ranks
+from tests.cuda.ranks import Ranks, _start
 from tests.engine import worker_group as group
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def facts(world: World) -> dict[str, Any]:
@@ -153,11 +159,29 @@ def deterministic_facts(world: World) -> tuple[str | None, bool]:
     return os.environ.get("CUBLAS_WORKSPACE_CONFIG"), torch.are_deterministic_algorithms_enabled()
 
 
+def from_a_fork(payload: str, descriptors: Any) -> None:
+    """A rank as Ray's supervisors start it: forked from a process that has imported everything."""
+    world = _start(ClusterConfig.model_validate_json(payload))
+    _, norm = train_a_step(world)
+    assert world.device.type == ("cuda" if "1" in payload else "cpu"), world
+    print(f"{world.device} {norm > 0}", flush=True)
+
+
+def test_a_process_that_is_forked_from_a_standby_computes_on_its_gpu(device: str, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    standby = find(tmp_path / "standby", "ddpm_dist.preload:everything", idle_s=1.0, environment=environment)
+    payload = ClusterConfig(gpus_per_worker=int(device == "cuda"), wait_seconds=0.1).model_dump_json()
+    request = Request("tests.cuda.test_devices:from_a_fork", payload, environment, str(ROOT), "a rank", (str(ROOT),))
+    out = tmp_path / "out"
+    with out.open("wb") as file:
+        child = standby.start(request, file.fileno(), file.fileno())
+        code = child.wait(120)
+    assert code == 0, out.read_text()
+    assert f"{'cuda:0' if device == 'cuda' else 'cpu'} True" in out.read_text()
+
+
 def test_the_folder_is_enough(tmp_path: Path) -> None:
     """Neither Ray nor S3's packages are imported by what trains, samples and evaluates at file://."""
-    import subprocess
-    import sys
-
     blocked = "ray", "s3fs", "aiobotocore", "botocore", "diffusers"
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
@@ -167,17 +191,17 @@ def test_the_folder_is_enough(tmp_path: Path) -> None:
         "            raise ModuleNotFoundError(f'{name} is blocked', name=name)\n"
         "sys.meta_path.insert(0, Blocked())\n"
     )
-    root = Path(__file__).resolve().parents[2]
     code = (
         "from ddpm_dist import preload\n"
+        "preload.everything()\n"
         "from ddpm_dist.training import entry\n"
         "from ddpm_dist.sampling.worker import SampleWorker\n"
         "from ddpm_dist.evaluation.worker import EvaluationWorker\n"
         "from ddpm_dist.commands import train_deepspeed\n"
         "import deepspeed, tools.bench.gpu\n"
     )
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}", "DS_ACCELERATOR": "cpu"}
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "DS_ACCELERATOR": "cpu"}
     found = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert found.returncode == 0, found.stderr[-2000:]

@@ -197,7 +197,7 @@ class Sampler:
         def make(steps: int | None) -> None:
             sample(
                 network, diffusion, sampling.model_copy(update={"steps": steps}), seed=0, indices=torch.arange(batch),
-                shape=(3, 32, 32), device=self._worker.device,
+                shape=(3, self._setting.size, self._setting.size), device=self._worker.device,
             )  # fmt: skip
 
         make(3)  # records, and loads what is loaded at first use

@@ -26,7 +26,10 @@ from ddpm_dist.training.step import BatchPlan, to_model_range, training_step
 from tools.bench.gpu_sides import Setting
 
 LR, DECAY, CLIP = 2e-4, 0.9999, 1.0
-SMALL = ("model.channels=32", "model.channel_mult=[1,2]", "model.num_res_blocks=1")
+SMALL = (
+    "data.image_size=8", "model.channels=32", "model.channel_mult=[1,2]", "model.num_res_blocks=1",
+    "model.attention_resolutions=[4]",
+)  # fmt: skip
 
 
 def recipe(setting: Setting, batch: int, *overrides: str, name: str = "cifar10") -> Config:
@@ -178,9 +181,10 @@ class Diffusers(Plain):
 
 
 def images(setting: Setting, batch: int) -> Tensor:
-    """[B, 3, 32, 32] uint8, pinned for a GPU."""
-    words = rng.philox(0, 1, torch.arange(batch), 3 * 32 * 32)[:, : 3 * 32 * 32]
-    found = words.remainder(256).to(torch.uint8).view(batch, 3, 32, 32)
+    """[B, 3, H, W] uint8, pinned for a GPU."""
+    numel = 3 * setting.size**2
+    words = rng.philox(0, 1, torch.arange(batch), numel)[:, :numel]
+    found = words.remainder(256).to(torch.uint8).view(batch, 3, setting.size, setting.size)
     return found.pin_memory() if setting.on_cuda else found
 
 

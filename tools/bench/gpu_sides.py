@@ -33,6 +33,11 @@ class Setting:
     def on_cuda(self) -> bool:
         return self.device == "cuda"
 
+    @property
+    def size(self) -> int:
+        """Height and width of the images in pixels."""
+        return 8 if self.small else 32
+
     def batches(self, *wanted: int) -> list[int]:
         """These numbers of images, or two small ones."""
         return list(wanted) if not self.small else [4, 8][: len(wanted)]
