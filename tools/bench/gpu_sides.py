@@ -146,7 +146,7 @@ def profiled(step: Callable[[], Any], device: str, steps: int = 3) -> dict[str, 
     spans = sorted(
         (event.time_range.start, event.time_range.end)
         for event in prof.events() or ()
-        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+        if str(event.device_type).endswith("CUDA") and not event.is_user_annotation
     )
     if not spans:
         return {}
