@@ -36,7 +36,8 @@ class Request:
     """`sys.path` of the asker: where the function's module is. Relative ones are meant from where the asker is."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "path", tuple(os.path.abspath(entry) for entry in self.path))
+        path = (os.path.abspath(entry) if os.path.isdir(entry or ".") else entry for entry in self.path)
+        object.__setattr__(self, "path", tuple(path))
 
     def encode(self) -> bytes:
         return json.dumps(asdict(self)).encode()

@@ -1,19 +1,29 @@
-"""A real job on the real S3 server, killed with SIGKILL and started again, ends with the same bytes."""
+"""A real job on the real S3 server, killed with SIGKILL and started again, ends with the same bytes; and how runs end."""
 
 import json
 import random
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from ddpm_dist import storage
-from tests.integration import jobs
+from ddpm_dist.state.history import latest_step
+from tests.integration import jobs, loop_ranks as loop
 
 STEPS = 24
 
 
 def overrides(run_url: str, data_url: str) -> list[str]:
     return [f"run.url={run_url}", f"data.url={data_url}", f"train.steps={STEPS}", "cluster.workers=2", *jobs.SMALL]
+
+
+@pytest.fixture(scope="module")
+def data_url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    url = (tmp_path_factory.mktemp("digits") / "data").as_uri()
+    jobs.make_digits(url)
+    return url
 
 
 @pytest.mark.timeout(900)
@@ -35,40 +45,42 @@ def test_killed_and_resumed_equals_unbroken(bucket_url: str, tmp_path: Path) -> 
     assert "Traceback" not in text, text[-4000:]
 
 
-def test_a_finished_run_says_so_and_grows(bucket_url: str, tmp_path: Path) -> None:
-    data_url, run_url, log = f"{bucket_url}/data", f"{bucket_url}/run", tmp_path / "log"
-    jobs.make_digits(data_url)
-    short = [*overrides(run_url, data_url), "train.steps=8"]
-    jobs.finish(jobs.deepspeed("configs/digits.yaml", short, log, workers=1), log)
+def log_of(folder: Path) -> str:
+    """What rank 0 of a recorded attempt has said."""
+    return (folder / "log-0").read_text()
+
+
+def test_a_finished_run_says_so_and_grows(data_url: str, bucket_url: str, tmp_path: Path) -> None:
+    run_url = f"{bucket_url}/run"
+    loop.finish(loop.config(run_url, data_url, "train.steps=8"), 1)
     before = storage.list_objects(f"{run_url}/checkpoints")
-    jobs.finish(jobs.deepspeed("configs/digits.yaml", short, log, workers=1), log)
-    assert "finished at step 8" in log.read_text()
+    loop.finish(loop.config(run_url, data_url, "train.steps=8"), 1)
     assert storage.list_objects(f"{run_url}/checkpoints") == before
-    jobs.finish(jobs.deepspeed("configs/digits.yaml", [*short, "train.steps=12"], log, workers=1), log)
-    assert "train.steps: 8 -> 12" in log.read_text()
+    loop.finish(loop.config(run_url, data_url, "train.steps=12"), 1, loop.Faults(record=str(tmp_path)))
+    assert "train.steps: 8 -> 12" in log_of(tmp_path)
     assert jobs.weights_sha256(run_url, 12)
 
 
-def test_a_kill_between_the_last_state_and_its_snapshot_loses_nothing(bucket_url: str, tmp_path: Path) -> None:
-    data_url, run_url, log = f"{bucket_url}/data", f"{bucket_url}/run", tmp_path / "log"
-    jobs.make_digits(data_url)
-    short = [*overrides(run_url, data_url), "train.steps=8"]
-    jobs.finish(jobs.deepspeed("configs/digits.yaml", short, log, workers=1), log)
+def test_a_kill_between_the_last_state_and_its_snapshot_loses_nothing(data_url: str, bucket_url: str) -> None:
+    run_url = f"{bucket_url}/run"
+    cfg = loop.config(run_url, data_url, "train.steps=8")
+    loop.finish(cfg, 1)
     before = jobs.weights_sha256(run_url, 8)
     storage.delete_tree(f"{run_url}/snapshots/000000008")
     storage.publish(f"{run_url}/summary.json", b'{"step": 4}')  # that of an attempt before
-    jobs.finish(jobs.deepspeed("configs/digits.yaml", short, log, workers=2), log)
+    loop.finish(cfg, 2)
     assert jobs.weights_sha256(run_url, 8) == before
     assert json.loads(storage.read(f"{run_url}/summary.json"))["step"] == 8
 
 
-def test_a_stop_object_ends_the_run_with_a_state(bucket_url: str, tmp_path: Path) -> None:
-    data_url, run_url, log = f"{bucket_url}/data", f"{bucket_url}/run", tmp_path / "log"
-    jobs.make_digits(data_url)
-    endless = [*overrides(run_url, data_url), "train.steps=1000000"]
-    job = jobs.deepspeed("configs/digits.yaml", endless, log, workers=1)
-    jobs.wait_until(jobs.state_reached(run_url, 4), job, log)
-    storage.publish(f"{run_url}/stop", b"")
-    jobs.finish(job, log)
-    assert "stopped at step" in log.read_text()
+def test_a_stop_object_ends_the_run_with_a_state(data_url: str, bucket_url: str, tmp_path: Path) -> None:
+    run_url = f"{bucket_url}/run"
+    cfg = loop.config(run_url, data_url, "train.steps=1000000")
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(loop.finish, cfg, 1, loop.Faults(record=str(tmp_path)))
+        while not running.done() and (latest_step(run_url) or 0) < 4:
+            time.sleep(0.05)
+        storage.publish(f"{run_url}/stop", b"")
+        running.result(120)
+    assert "stopped at step" in log_of(tmp_path)
     assert not storage.exists(f"{run_url}/stop")
