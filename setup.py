@@ -61,6 +61,8 @@ PROGRAMS = {
     "ddpm-inspect": "inspect",
     "ddpm-convert": "convert_weights",
     "ddpm-posthoc-ema": "posthoc_ema",
+    "ddpm-doctor": "doctor",
+    "ddpm-plan": "plan",
 }
 
 setup(

@@ -23,6 +23,8 @@ LAYERS: list[tuple[str, ...]] = [
     ("training",),
     ("sampling",),
     ("evaluation",),
+    ("planning",),
+    ("doctor",),
     ("commands", "preload"),
     ("launch", "tools"),
 ]

@@ -11,6 +11,8 @@ from ddpm_dist.lazy import lazily
 if TYPE_CHECKING:
     from ddpm_dist.cluster.connect import connect_ray as connect_ray
     from ddpm_dist.cluster.jobs import submit_beside as submit_beside
+    from ddpm_dist.cluster.nodes import Nodes as Nodes
+    from ddpm_dist.cluster.places import NodePlace as NodePlace, distinct as distinct
     from ddpm_dist.cluster.pool import ActorPool as ActorPool, Done as Done, Failed as Failed
     from ddpm_dist.cluster.rank import (
         preemption_announced as preemption_announced,
@@ -23,6 +25,8 @@ __all__, _asked = lazily(
     __name__,
     connect="connect_ray",
     jobs="submit_beside",
+    nodes="Nodes",
+    places="NodePlace distinct",
     pool="ActorPool Done Failed",
     rank="preemption_announced restart_parts tell",
     train="train_on_ray warm_nodes",

@@ -77,6 +77,16 @@ def posthoc_ema() -> None:
     _run("posthoc_ema")
 
 
+def doctor() -> None:
+    """`ddpm-doctor`."""
+    _run("doctor")
+
+
+def plan() -> None:
+    """`ddpm-plan`."""
+    _run("plan")
+
+
 SHARDS = {"make": make_shards, "index": index_shards, "verify": verify_shards}
 INSPECT = {"batch": inspect_batch, "checkpoint": inspect_checkpoint, "store": inspect_store}
 
@@ -100,6 +110,8 @@ PROGRAMS = {
     "inspect": inspect,
     "convert": convert_weights,
     "posthoc-ema": posthoc_ema,
+    "doctor": doctor,
+    "plan": plan,
 }
 """What setup.py installs as `ddpm-NAME`."""
 

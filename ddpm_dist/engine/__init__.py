@@ -14,7 +14,7 @@ if TYPE_CHECKING:
         Engine as Engine,
         StepReport as StepReport,
     )
-    from ddpm_dist.engine.launchers import check_single as check_single
+    from ddpm_dist.engine.launchers import check_single as check_single, launched as launched
     from ddpm_dist.engine.pieces import (
         Address as Address,
         Ownership as Ownership,
@@ -22,20 +22,27 @@ if TYPE_CHECKING:
         bytes_of as bytes_of,
         gather_full as gather_full,
     )
+    from ddpm_dist.engine.start import (
+        MAX_BUCKET_ELEMENTS as MAX_BUCKET_ELEMENTS,
+        PERSISTENT_ELEMENTS as PERSISTENT_ELEMENTS,
+    )
     from ddpm_dist.engine.world import (
         World as World,
         broadcast_object as broadcast_object,
         gather_objects as gather_objects,
         init_world as init_world,
+        interface_of as interface_of,
+        own_address as own_address,
         use_interface_of as use_interface_of,
     )
 
 __all__, _asked = lazily(
     __name__,
     engine="Engine LOWEST_LOSS_SCALE StepReport",
-    launchers="check_single",
+    launchers="check_single launched",
     pieces="Address Ownership Piece bytes_of gather_full",
-    world="World broadcast_object gather_objects init_world use_interface_of",
+    start="MAX_BUCKET_ELEMENTS PERSISTENT_ELEMENTS",
+    world="World broadcast_object gather_objects init_world interface_of own_address use_interface_of",
 )
 if not TYPE_CHECKING:
     __getattr__, __dir__ = _asked

@@ -48,12 +48,20 @@ def check_single(command: str) -> None:
     """
     if os.environ.get("RAY_ADDRESS"):
         return
-    size = {**os.environ, **translated(os.environ)}.get("WORLD_SIZE", "1")
-    if size != "1":
+    size = launched()
+    if size != 1:
         raise ClusterError(
             f"a launcher starts {size} of {command} (WORLD_SIZE, or what Open MPI or SLURM left in the environment), "
             f"which is started once and starts its workers itself; start one, or as many of {command}-deepspeed"
         )
+
+
+def launched() -> int:
+    """How many processes a launcher started, by what it left in the environment; 1 where nobody did."""
+    said = {**os.environ, **translated(os.environ)}.get("WORLD_SIZE") or "1"
+    if not said.isdecimal():
+        raise ClusterError(f"WORLD_SIZE={said!r} in the environment is not a number")
+    return int(said)
 
 
 def translated(environment: Mapping[str, str]) -> dict[str, str]:

@@ -42,12 +42,13 @@ class World:
         return self.rank == 0
 
 
-def init_world(cluster: ClusterConfig | None = None) -> World:
+def init_world(cluster: ClusterConfig | None = None, patience_s: float = COLLECTIVE_TIMEOUT_S) -> World:
     """Joins the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe, or what Open
     MPI, MPICH or SLURM left instead (launchers.py).
 
     Without any of them this is a world of one. A group that exists already (Ray Train's) is taken as it is. The device
     is what `cluster` (by default: one CPU) gives to a worker, and with it go the collectives: NCCL or gloo.
+    patience_s: how long to wait for the others, here and in each collective.
     """
     cluster = cluster or ClusterConfig()
     if not dist.is_initialized():
@@ -59,13 +60,13 @@ def init_world(cluster: ClusterConfig | None = None) -> World:
     device = devices.select(cluster.gpus_per_worker, local_rank)
     devices.set_up(device, cluster)
     if not dist.is_initialized():
-        _init_process_group(rank, size, "nccl" if device.type == "cuda" else "gloo")
+        _init_process_group(rank, size, "nccl" if device.type == "cuda" else "gloo", patience_s)
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device, dist.get_backend())
 
 
-def _init_process_group(rank: int, size: int, backend: str) -> None:
+def _init_process_group(rank: int, size: int, backend: str, patience_s: float) -> None:
     if size == 1:
-        timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+        timeout = timedelta(seconds=patience_s)
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
@@ -74,7 +75,7 @@ def _init_process_group(rank: int, size: int, backend: str) -> None:
     use_interface_of(os.environ["MASTER_ADDR"])
     if not 0 <= rank < size:
         raise ClusterError(f"RANK is {rank} and WORLD_SIZE {size}; ranks go from 0 to {size - 1}")
-    join(backend, rank, size, COLLECTIVE_TIMEOUT_S)
+    join(backend, rank, size, patience_s)
 
 
 def use_interface_of(master: str) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ddpm_dist.lazy import lazily
 
 if TYPE_CHECKING:
+    from ddpm_dist.storage.clock import clock_ahead_s as clock_ahead_s
     from ddpm_dist.storage.errors import PATIENCE_S as PATIENCE_S, redact as redact
     from ddpm_dist.storage.filesystem import (
         CONNECT_TIMEOUT_S as CONNECT_TIMEOUT_S,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 __all__, _asked = lazily(
     __name__,
+    clock="clock_ahead_s",
     errors="PATIENCE_S redact",
     filesystem="CONNECT_TIMEOUT_S READ_TIMEOUT_S clear_instances",
     identity="introduce",

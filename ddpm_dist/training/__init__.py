@@ -23,7 +23,9 @@ if TYPE_CHECKING:
         Events as Events,
         read_events as read_events,
     )
+    from ddpm_dist.training.flops import training_flops_per_image as training_flops_per_image
     from ddpm_dist.training.posthoc import Profile as Profile, coefficients as coefficients, distance as distance
+    from ddpm_dist.training.step import BatchPlan as BatchPlan
 
 __all__, _asked = lazily(
     __name__,
@@ -32,6 +34,8 @@ __all__, _asked = lazily(
     entry="deepspeed_worker finished ray_worker report_end",
     ema="power_label",
     events="EVENTS EventLog Events read_events",
+    flops="training_flops_per_image",
+    step="BatchPlan",
     posthoc="Profile coefficients distance",
 )
 if not TYPE_CHECKING:

@@ -9,6 +9,7 @@ import pytest
 
 from ddpm_dist import storage
 from ddpm_dist.commands import inspect_store
+from ddpm_dist.doctor import store as trial
 from ddpm_dist.errors import AccessError, NotFoundError, StorageError
 from ddpm_dist.storage import identity, multipart, objects
 from tests.picky_store import PickyStore
@@ -131,7 +132,7 @@ def test_one_command_says_whether_a_store_will_do(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(inspect_store, "LARGE_BYTES", 2**20)
+    monkeypatch.setattr(trial, "LARGE_BYTES", 2**20)
     picky(habit)
     with pytest.raises(SystemExit) if code else contextlib.nullcontext():
         inspect_store.main([bucket_url])

@@ -13,8 +13,8 @@ import torch
 from ddpm_dist import snapshot
 from ddpm_dist.config import Config
 from ddpm_dist.engine.engine import Engine
-from ddpm_dist.engine.start import MAX_BUCKET_ELEMENTS, PERSISTENT_ELEMENTS
 from ddpm_dist.engine.world import World, init_world
+from ddpm_dist.planning.memory import bytes_between_steps
 from ddpm_dist.recipe import load_config
 from ddpm_dist.state.store import StateStore
 from ddpm_dist.training.ema import Ema
@@ -27,24 +27,6 @@ SIZES = (32, 64, 128)
 """Channels of the networks whose states are read: 2.2M, 8.9M and 35.7M parameters."""
 
 
-def bytes_of_a_rank(numels: Sequence[int], stage: int, precision: str, ranks: int) -> float:
-    """What a rank holds between two steps. numels: elements of each parameter.
-
-    For each element: weights that the network computes with (2 bytes in bf16, 4 in fp32; cut under stage 3), a float32
-    master (in fp32 another copy, but for stage 0), two moments (cut from stage 1 on) and one average (always cut).
-    Gradients are freed after the step (Rajbhandari et al. 2020, section 3, counts them), but stage 1 in bf16 keeps
-    their float32 sums, and stage 3 its share of them, the bucket in which they are reduced, and small parameters whole.
-    """
-    total, weight = sum(numels), 2 if precision == "bf16" else 4
-    if stage == 0:
-        return total * (weight + 8 + 4 / ranks)
-    cut = total * (4 + 8 + 4) / ranks
-    if stage == 3:
-        whole = sum(numel for numel in numels if numel <= PERSISTENT_ELEMENTS)
-        return cut + total * (weight + 4) / ranks + 4 * min(total, MAX_BUCKET_ELEMENTS) + weight * whole
-    return cut + total * (weight + (4 if (stage, precision) == (1, "bf16") else 0))
-
-
 def bench_memory(channels: int) -> dict[str, float]:
     """The largest rank's bytes of tensors after a step, over the formula, for each stage and precision."""
     found = {}
@@ -53,7 +35,7 @@ def bench_memory(channels: int) -> dict[str, float]:
             cfg = _config("memory://run", channels, f"zero.stage={stage}", f"precision={precision}")
             held = _in_processes(_held, RANKS, cfg)
             numels = held[0][0]
-            formula = bytes_of_a_rank(numels, stage, precision, RANKS)
+            formula = bytes_between_steps(numels, stage, precision, RANKS)
             measured = max(tensors for _, tensors in held)
             found[f"memory_of_formula_zero{stage}_{precision}"] = measured / formula
             print(
