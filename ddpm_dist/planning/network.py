@@ -1,8 +1,11 @@
 """What a recipe's network is in numbers, counted on the network itself: no formula of its layers, no memory."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_dist.config import Config
 from ddpm_dist.models import UNet
@@ -37,31 +40,41 @@ def count(cfg: Config) -> Counted:
     """Counts a recipe's network on tensors without memory; a second at any size."""
     with torch.device("meta"):
         numels = tuple(p.numel() for p in UNet(network_of(cfg)).parameters() if p.requires_grad)
-    one, three = _saved_bytes(cfg, 1), _saved_bytes(cfg, 3)
+    one, three = _held_bytes(cfg, 1), _held_bytes(cfg, 3)
     each = (three - one) // 2
     return Counted(numels, training_flops_per_image(cfg), each, one - each)
 
 
-def _saved_bytes(cfg: Config, batch: int) -> int:
-    """Bytes of all tensors that autograd saves in a forward pass in training, each storage once, without parameters.
+def _held_bytes(cfg: Config, batch: int) -> int:
+    """Bytes of all that a forward pass in training made and that is still held at its end, each storage once.
 
-    torch's own account (`saved_tensors_hooks`), so levels that are recomputed count as what they keep.
+    Whatever holds it: autograd, or the inputs that a recomputed level keeps.
     """
     dtype, size = _DTYPES[cfg.precision], cfg.data.image_size
     with torch.device("meta"):
-        network = UNet(network_of(cfg)).to(dtype).train()
+        network = UNet(network_of(cfg)).checkpoint(cfg.model.checkpoint_levels).to(dtype).train()
         x = torch.empty(batch, cfg.data.channels, size, size, dtype=dtype)
         t = torch.empty(batch, dtype=torch.int64)
         labels = torch.empty(batch, dtype=torch.int64) if cfg.model.num_classes else None
-        parameters = {p.untyped_storage()._cdata for p in network.parameters()}
-        held: dict[int, torch.UntypedStorage] = {}  # the storages themselves, so that no number is used twice
+        parameters = {p.untyped_storage()._cdata for p in network.parameters()}  # of which operations make views
+        with _Made() as made:
+            output = network(x, t, labels)
+    held = {ref.cdata: count for ref, count in made.storages if not ref.expired() and ref.cdata not in parameters}
+    del output
+    return sum(held.values())
 
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in parameters:
-                held[storage._cdata] = storage
-            return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            network(x, t, labels)
-    return sum(storage.nbytes() for storage in held.values())
+class _Made(TorchDispatchMode):
+    """Remembers the storages that operations make, without holding them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: list[tuple[StorageWeakRef, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.storages.append((StorageWeakRef(storage), storage.nbytes()))
+        return result

@@ -32,7 +32,7 @@ def as_svg(title: str, plans: Sequence[Plan]) -> str:
         memories.append((name, [part / 2**30 for part in parts]))
     limit = plans[0].step.setting.card.memory / 2**30
     panels = [
-        _panel(MARGIN, "ms a step, by GPUs", steps, ("arithmetic", "waits for the host", "communication"), "abc",
+        _panel(MARGIN, "ms a step by GPUs, and efficiency", steps, ("arithmetic", "the host", "communication"), "abc",
                [f"{plan.step.efficiency:.0%}" for plan in plans]),
         _panel(2 * MARGIN + PANEL, f"GiB of a GPU, of {limit:.0f}", memories,
                ("between steps", "gradients", "activations", "device"), "abdc", [""] * len(plans)),
@@ -69,5 +69,5 @@ def _panel(
     for part, kind in zip(parts, classes, strict=True):
         out.append(f"<rect class='{kind}' x='{at:.0f}' y='{BASE + 32}' width='10' height='10'/>")
         out.append(f"<text x='{at + 14:.0f}' y='{BASE + 41}'>{html.escape(part)}</text>")
-        at += 26 + 6.6 * len(part)
+        at += 20 + 6.4 * len(part)
     return "".join(out)
