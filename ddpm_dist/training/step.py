@@ -27,6 +27,7 @@ class BatchPlan:
 
     @classmethod
     def of(cls, global_batch: int, world_size: int, max_micro_batch: int) -> "BatchPlan":
+        """Of B images for W ranks; W divides B."""
         share, rest = divmod(global_batch, world_size)
         assert rest == 0, "the configuration admits only worlds that divide the batch"
         micro = max(m for m in range(1, min(share, max_micro_batch) + 1) if share % m == 0)
