@@ -1,6 +1,6 @@
 """What a run is by the configuration that it keeps, and what a recipe leaves to it.
 
-`data.streams` decides the order of the samples, and its default has grown: a run of the time when files said `null`
+`data.streams` decides the order of the samples, and its default has grown: a run of when files said `null`
 keeps the rule of that time, and files of now say the number.
 """
 

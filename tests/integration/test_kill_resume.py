@@ -1,4 +1,4 @@
-"""A real job on the real S3 server, killed with SIGKILL and started again, ends with the same bytes; and how runs end."""
+"""A real job on the real S3 server, killed and started again, ends with the same bytes; and how runs end."""
 
 import json
 import random
