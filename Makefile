@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Whole files side by side: as many as there are cores, at most four (tests/conftest.py).
+BESIDE := -n auto --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-full test-hosts test-fid test-cuda test-pythons check clean
@@ -17,10 +19,10 @@ demo: $(INSTALLED)  ## train, sample and evaluate on real data with a real clust
 	@exec $(BIN)/python tools/local/demo.py $(DATA)
 
 test: $(INSTALLED)  ## the tests, with real servers and processes
-	@$(PYTEST)
+	@$(PYTEST) $(BESIDE)
 
 test-full: $(INSTALLED)  ## the tests with their whole matrices and long proofs
-	@$(PYTEST) -m "not hosts and not fid and not cuda"
+	@$(PYTEST) $(BESIDE) -m "not hosts and not fid and not cuda"
 
 test-hosts: $(INSTALLED)  ## several hosts on this machine (namespaces: Linux, root, iproute2, sshd, pdsh)
 	@$(PYTEST) -m hosts tests/hosts

@@ -38,6 +38,7 @@ EXTRAS = {
     "test": [
         "pytest>=9",
         "pytest-timeout>=2.4",
+        "pytest-xdist>=3.8",
         "hypothesis>=6.170",
         "diffusers>=0.42,<0.43",
         "prdc>=0.2",

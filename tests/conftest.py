@@ -36,6 +36,12 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"], os.environ["DS_ACCELERATOR"] = "", "cpu"
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Of `-n auto`; each has a store and perhaps a Ray of its own."""
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 4)
+
+
 @pytest.fixture(scope="session")
 def s3_server() -> "Iterator[S3Server]":
     """A SeaweedFS with credentials of its own; `.kill()` and `.restart()` as a test likes, running again at its end."""
