@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from ddpm_dist.cluster import METRICS_CLOSED
 from tools.local.processes import start_family
 from tools.local.s3_server import S3Server
 
@@ -34,6 +35,7 @@ class RayCluster:
         self._nodes: list[subprocess.Popen[bytes]] = []
         self.env = {
             **environment,
+            **METRICS_CLOSED,
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
             "RAY_health_check_initial_delay_ms": "1000",

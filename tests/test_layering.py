@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS: list[tuple[str, ...]] = [
     ("packages", "lazy", "config", "configs", "recipe", "cli", "errors", "interrupt"),
-    ("storage", "rng", "device", "allocator", "progress"),
+    ("storage", "rng", "device", "allocator", "temporary", "progress"),
     ("data", "diffusion", "models"),
     ("engine", "snapshot"),
     ("state", "cluster"),

@@ -10,6 +10,7 @@ from ddpm_dist.lazy import lazily
 
 if TYPE_CHECKING:
     from ddpm_dist.cluster.connect import connect_ray as connect_ray
+    from ddpm_dist.cluster.environment import METRICS_CLOSED as METRICS_CLOSED
     from ddpm_dist.cluster.jobs import submit_beside as submit_beside
     from ddpm_dist.cluster.nodes import Nodes as Nodes
     from ddpm_dist.cluster.places import NodePlace as NodePlace, distinct as distinct
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__, _asked = lazily(
     __name__,
     connect="connect_ray",
+    environment="METRICS_CLOSED",
     jobs="submit_beside",
     nodes="Nodes",
     places="NodePlace distinct",

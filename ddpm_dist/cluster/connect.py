@@ -7,6 +7,8 @@ import time
 
 import ray
 
+from ddpm_dist.cluster.environment import METRICS_CLOSED
+from ddpm_dist.cluster.upload import say_if_large
 from ddpm_dist.errors import ClusterError
 
 KNOCK_S = 15.0
@@ -23,6 +25,9 @@ def connect_ray() -> None:
         return
     address = os.environ.get("RAY_ADDRESS")
     listens = _check_address(address) if address else False
+    if not address:
+        for name, value in METRICS_CLOSED.items():
+            os.environ.setdefault(name, value)
     try:
         ray.init(address=address or "local", include_dashboard=None if address else False, log_to_driver=True)
     except ConnectionError as error:
@@ -43,6 +48,7 @@ def connect_ray() -> None:
     except Exception as error:  # Ray raises bare exceptions where its own processes don't come up in time
         where = f"joins {address} not" if address else "doesn't start on this machine"
         raise ClusterError(f"Ray {where}: {error}; is it overloaded, or its memory full?") from error
+    say_if_large(ray.get_runtime_context().runtime_env.get("working_dir"))
 
 
 def _check_address(address: str) -> bool:

@@ -2,15 +2,14 @@
 failure that may pass; Ray itself restarts what it alone can: a lost supervisor, node or head.
 
 The state that workers resume from is ours (the room `state`), so nothing is ever reported to Ray Train. The internals
-touched are the two policies that a trainer hands to its controller, and what Ray knows of nodes that are about to be
-taken away (tests/cluster/test_train.py holds what we assume of them).
+touched are the two policies and the callbacks that a trainer hands to its controller, and what Ray knows of nodes that
+are about to be taken away (tests/cluster/test_train.py holds what we assume of them).
 """
 
 import base64
 import json
 import os
 import pickle
-import tempfile
 import time
 import uuid
 from collections.abc import Callable
@@ -20,7 +19,9 @@ from typing import Any
 
 import ray
 from ray._private.state import state
+from ray.exceptions import RayActorError
 from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
@@ -45,6 +46,7 @@ from ddpm_dist.errors import (
     UnreachableError,
 )
 from ddpm_dist.recipe import dump_config
+from ddpm_dist.temporary import TemporaryFolder
 
 MAY_PASS = (HangError, LoaderProcessError, UnreachableError, ShortReadError)
 """Errors of ours that another attempt may not meet; all other errors of ours stop the run."""
@@ -85,11 +87,15 @@ def train_on_ray(cfg: Config, worker: Callable[[dict[str, Any]], None], newest_s
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     connect_ray()
     await_resources(cfg.worker_range[0], _resources(cfg), cfg.cluster.wait_seconds)
-    with tempfile.TemporaryDirectory(prefix="ddpm-ray-train-") as folder:
+    with TemporaryFolder("ray-train") as folder:
         try:
-            _trainer(cfg, worker, newest_state, folder).fit()
+            _trainer(cfg, worker, newest_state, str(folder)).fit()
         except TrainingFailedError as error:
             raise (_own_error(error) or ClusterError(f"the training failed: {_brief(error)}")) from error
+        except RayActorError as error:
+            raise ClusterError(
+                "Ray Train's controller was lost (killed, or out of memory?); the same command continues the run"
+            ) from error
 
 
 def _trainer(
@@ -182,6 +188,15 @@ class _Trainer(DataParallelTrainer):
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         return super()._initialize_and_run_controller(**{**arguments, **self._policies})
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """Ray's own, but for an actor that frees the workers' room if the controller dies and the job goes on.
+
+        Ours doesn't: it ends with its controller, and its room with it. The actor asks the dashboard each second, and
+        fills the screen with a traceback where there is none, or where another Ray is on the machine.
+        """
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
 
 
 class _SharesDevices(Backend):

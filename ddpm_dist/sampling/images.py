@@ -1,8 +1,6 @@
 """Images for people and for other programs: quantisation, a grid, an .npz as ADM's evaluator reads it, PNG files."""
 
-import tempfile
 import zipfile
-from pathlib import Path
 from typing import IO
 
 import numpy as np
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from ddpm_dist import storage
 from ddpm_dist.data import encode_png
+from ddpm_dist.temporary import TemporaryFolder
 
 GRID_WIDTH = 640
 
@@ -42,8 +41,8 @@ class NpzWriter:
     def __init__(self, url: str, count: int, shape: tuple[int, int, int]) -> None:
         self._url = url
         self._labels: list[int] = []
-        self._folder = tempfile.TemporaryDirectory(prefix="ddpm-npz-")
-        self._path = Path(self._folder.name) / "samples.npz"
+        self._folder = TemporaryFolder("npz")
+        self._path = self._folder.path / "samples.npz"
         self._zip = zipfile.ZipFile(self._path, "w", zipfile.ZIP_STORED)
         self._array = self._zip.open(_member("arr_0"), "w", force_zip64=True)
         channels, height, width = shape
@@ -64,7 +63,7 @@ class NpzWriter:
                 file.write(np.array(self._labels, np.int64).tobytes())
         self._zip.close()
         storage.upload(self._path, self._url)
-        self._folder.cleanup()
+        self._folder.close()
 
 
 def _member(name: str) -> zipfile.ZipInfo:

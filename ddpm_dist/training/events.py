@@ -1,12 +1,9 @@
 """What TensorBoard shows of a run: its event files, written and read."""
 
 import logging
-import shutil
-import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -15,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ddpm_dist import storage
 from ddpm_dist.errors import StorageError
+from ddpm_dist.temporary import TemporaryFolder
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +30,8 @@ class EventLog:
     def __init__(self, run_url: str, attempt: int, start_step: int | None, name: str = "") -> None:
         """start_step: what earlier attempts wrote from there on is void. name: of a separate curve, none: training."""
         self._url = storage.join(run_url, EVENTS, name)
-        self._folder = Path(tempfile.mkdtemp(prefix="ddpm-events-"))
+        self._temporary = TemporaryFolder("events")
+        self._folder = self._temporary.path
         self._attempt, self._part = attempt, 0
         self._purge_step: int | None = start_step
         self._published: dict[str, int] = {}
@@ -65,7 +64,7 @@ class EventLog:
         with self._lock:
             self._writer.close()
         self._publish(storage.PATIENCE_S)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._temporary.close()
 
     def _open(self) -> SummaryWriter:
         suffix = f".a{self._attempt}.{self._part}"
@@ -107,12 +106,12 @@ class Events:
 def read_events(run_url: str) -> Events:
     """All curves and pictures of a run's training, later attempts over earlier ones; empty if there are none."""
     folder_url = storage.join(run_url, EVENTS)
-    with tempfile.TemporaryDirectory(prefix="ddpm-events-") as folder:
+    with TemporaryFolder("events") as folder:
         for name in storage.list_names(folder_url):
             if ".tfevents." in name:
-                (Path(folder) / name).write_bytes(storage.read(storage.join(folder_url, name)))
+                (folder / name).write_bytes(storage.read(storage.join(folder_url, name)))
         logging.getLogger("tensorboard").setLevel(logging.WARNING)  # it tells of each file that it finished
-        events = EventAccumulator(folder, size_guidance={"scalars": 0, "images": 0})
+        events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
         events.Reload()
     tags = events.Tags()
     return Events(

@@ -2,16 +2,15 @@
 
 import gzip
 import logging
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile
 
 from ddpm_dist import storage
 from ddpm_dist.config import Config
 from ddpm_dist.engine import World
+from ddpm_dist.temporary import TemporaryFolder
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +43,8 @@ class StepTrace:
 
     def _publish(self, finished: profile, first: int, last: int) -> None:
         url = storage.join(self._folder, f"steps-{first}-{last}.json.gz")
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "trace.json"
+        with TemporaryFolder("trace") as folder:
+            path = folder / "trace.json"
             finished.export_chrome_trace(str(path))
             self._check_owner()
             storage.publish(url, gzip.compress(path.read_bytes()))

@@ -92,8 +92,9 @@ class RayHosts:
             head.run(documented("ssh NODE", {"NODE": host.name}))
         self.authentication = documented("export RAY_AUTH_MODE=token", {})
         health = documented("export RAY_health_check", {})
+        self.closed = documented("export RAY_enable_metrics", {})
         start = documented("ray start --head", {"HEAD_IP": head.address})
-        head.run(f"{self.authentication}; {health}; {start} {SMALLER}", 120)
+        head.run(f"{self.authentication}; {health}; {self.closed}; {start} {SMALLER}", 120)
         for host in nodes:
             self.add(host)
 
@@ -101,7 +102,7 @@ class RayHosts:
         """Makes a node of a host that has just been booted."""
         start = documented("ray start --address", {"HEAD_IP": self.head.address, "NODE_IP": host.address})
         priority = documented("export RAY_worker_niceness", {})
-        host.run(f"{self.authentication}; {priority}; {start} --num-cpus=1 {SMALLER}", 120)
+        host.run(f"{self.authentication}; {self.closed}; {priority}; {start} --num-cpus=1 {SMALLER}", 120)
 
     @property
     def access(self) -> str:

@@ -99,3 +99,13 @@ def test_a_client_without_the_token_is_refused(site: Site, without: str) -> None
     assert "token" in text.splitlines()[-1].lower()
     code, text = site["desk"].attempt(f"{site.ray.access}; ray job list")
     assert code == 0, text
+
+
+def test_nobody_is_told_metrics(site: Site) -> None:
+    """Ray gives them to whoever asks, without the token."""
+    told = f"""from urllib.request import urlopen
+for port in (44217, 44227):
+    try: print(urlopen(f"http://{site["head"].address}:{{port}}/metrics", timeout=5).read())
+    except OSError as error: print("closed:", error.reason.strerror)
+"""
+    assert site["desk"].run(f"python -c {shlex.quote(told)}").split("\n")[:2] == ["closed: Connection refused"] * 2

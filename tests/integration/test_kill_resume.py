@@ -27,8 +27,10 @@ def data_url(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.timeout(900)
-def test_killed_and_resumed_equals_unbroken(bucket_url: str, tmp_path: Path) -> None:
-    data_url, log = f"{bucket_url}/data", tmp_path / "log"
+def test_killed_and_resumed_equals_unbroken(bucket_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data_url, log, temp = f"{bucket_url}/data", tmp_path / "log", tmp_path / "temp"
+    temp.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temp))
     jobs.make_digits(data_url)
     unbroken, broken = f"{bucket_url}/unbroken", f"{bucket_url}/broken"
     jobs.finish(jobs.deepspeed("configs/digits.yaml", overrides(unbroken, data_url), log), log)
@@ -37,12 +39,14 @@ def test_killed_and_resumed_equals_unbroken(bucket_url: str, tmp_path: Path) -> 
         job = jobs.deepspeed("configs/digits.yaml", overrides(broken, data_url), log)
         jobs.wait_until(jobs.state_reached(broken, at // 4 * 4 or 4), job, log)
         jobs.kill_group(job)
+        assert list(temp.glob("ddpm_dist-events-*")), "the event files of rank 0"
     jobs.finish(jobs.deepspeed("configs/digits.yaml", overrides(broken, data_url), log), log)
 
     assert jobs.weights_sha256(broken, STEPS) == jobs.weights_sha256(unbroken, STEPS)
     text = log.read_text()
     assert "continuing at step" in text
     assert "Traceback" not in text, text[-4000:]
+    assert not list(temp.glob("ddpm*")), "what kills left is gone"
 
 
 def log_of(folder: Path) -> str:

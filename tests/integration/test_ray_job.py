@@ -12,6 +12,7 @@ import pytest
 from ddpm_dist import storage
 from ddpm_dist.errors import ClusterError
 from ddpm_dist.state.history import latest_step
+from tests.cluster.test_ports import told_without_a_token
 from tests.integration import jobs
 from tools.local.ray_cluster import RayCluster
 from tools.local.s3_server import S3Server, client_environment
@@ -97,6 +98,7 @@ def test_killed_worker_and_killed_driver_leave_no_trace_in_the_weights(cluster: 
     assert f"finished at step {STEPS}" in text, text[-4000:]
     assert "continuing at step" in text
     assert jobs.weights_sha256(broken, STEPS) == jobs.weights_sha256(unbroken, STEPS)
+    assert told_without_a_token(cluster.processes()) == []
     secret = os.environ["AWS_SECRET_ACCESS_KEY"]
     assert secret not in text
     assert all(secret.encode() not in storage.read(f"{broken}/{name}") for name in ("config.yaml", "summary.json"))
@@ -128,3 +130,16 @@ def test_an_error_of_ours_in_a_worker_stops_the_run_at_once(cluster: RayCluster,
     assert "error: 3 steps in a row" in text, text[-3000:]
     assert text.count("a new run begins") == 1
     assert list((tmp_path / "run" / "failures").glob("step-*-rank-00000.json"))
+
+
+def test_a_large_working_directory_is_said(cluster: RayCluster, tmp_path: Path) -> None:
+    for name in ("set", "photos"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "shard.tar").write_bytes(bytes(40_000_000))
+    (tmp_path / ".rayignore").write_text("/photos\n")
+    (tmp_path / "job.py").write_text("from ddpm_dist.cluster import connect_ray\nconnect_ray()\n")
+    lines: list[str] = []
+    cluster.submit(["python", "job.py"], lines.append, tmp_path)
+    (said,) = [line for line in lines if "the working directory of this job is 40 MB" in line]
+    assert "set/shard.tar (40 MB)" in said
+    assert "photos" not in said

@@ -18,6 +18,7 @@ from types import TracebackType
 
 import psutil  # type: ignore[import-untyped]
 
+from ddpm_dist.cluster import METRICS_CLOSED
 from ddpm_dist.errors import ClusterError
 from tools.local.processes import end, start_bound, start_family
 from tools.local.s3_server import ROOT, free_port
@@ -47,6 +48,7 @@ class RayCluster:
         mine = {name: value for name, value in environment.items() if not name.startswith("RAY_")}
         self.env = {
             **mine,
+            **METRICS_CLOSED,
             "PATH": f"{self._programs}{os.pathsep}{environment.get('PATH', os.defpath)}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token_file),

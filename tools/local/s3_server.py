@@ -17,7 +17,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +31,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 from ddpm_dist.errors import StorageError  # noqa: E402
+from ddpm_dist.temporary import TemporaryFolder  # noqa: E402
 from tools.local.processes import end, start_bound  # noqa: E402
 
 COMPONENTS = ("s3", "master", "volume", "filer", "admin")
@@ -52,8 +52,8 @@ class S3Server:
     """
 
     def __init__(self, folder: str | Path | None = None, bucket: str = "ddpm", ip: str = "127.0.0.1") -> None:
-        self._temporary = None if folder else tempfile.TemporaryDirectory(prefix="ddpm-s3-")
-        self.folder = Path(folder or self._temporary.name).resolve()  # type: ignore[union-attr]
+        self._temporary = None if folder else TemporaryFolder("s3")
+        self.folder = Path(folder or self._temporary.path).resolve()  # type: ignore[union-attr]
         self.bucket = bucket
         self.ip = ip
         self.ports = free_ports(ip)
@@ -117,7 +117,7 @@ class S3Server:
             return  # a fork of the process that started the server
         if self._temporary:
             self.kill()
-            self._temporary.cleanup()
+            self._temporary.close()
         else:
             self._end()
         atexit.unregister(self.stop)
