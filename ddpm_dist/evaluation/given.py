@@ -59,7 +59,7 @@ def load_given(
     """
     place = f"--reference {storage.redact(url)}"
     try:
-        arrays = _read(storage.read(url))
+        arrays = _read(storage.read(url), url)
     except NotFoundError:
         raise EvaluationError(f"{place}: not found") from None
     except EvaluationError as error:
@@ -80,8 +80,8 @@ def load_given(
         return _of_features(arrays["pool_3"], place), False
     if not {"mu", "sigma"} <= arrays.keys():
         raise EvaluationError(
-            f"{place}: has no mu and sigma; it holds {', '.join(arrays) or 'nothing'}; images (arr_0) become a data "
-            "set by ddpm-shards make npz FILE URL, for --data"
+            f"{place}: has no mu and sigma; it holds {', '.join(arrays) or 'nothing'}. If these are images, "
+            f"{_as_data(url)}"
         )
     spatial = _gaussian(arrays, "mu_s", "sigma_s", place) if {"mu_s", "sigma_s"} <= arrays.keys() else None
     found = _gaussian(arrays, "mu", "sigma", place)
@@ -99,7 +99,11 @@ def read_arrays(data: bytes) -> dict[str, NDArray[Any]]:
         return {name: file[name] for name in file.files if name != "arr_0"}
 
 
-def _read(data: bytes) -> dict[str, NDArray[Any]]:
+def _as_data(url: str) -> str:
+    return f"make a data set of them by `ddpm-shards make npz {storage.redact(url)} URL`, and give it as --data URL"
+
+
+def _read(data: bytes, url: str) -> dict[str, NDArray[Any]]:
     if data.startswith(b"\x80"):
         raise EvaluationError(_PICKLED)
     if data.startswith(b"\x93NUMPY"):
@@ -108,10 +112,7 @@ def _read(data: bytes) -> dict[str, NDArray[Any]]:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         names = archive.namelist()
     if "arr_0.npy" in names and len(names) <= 2:
-        raise EvaluationError(
-            "it holds images (arr_0) and no statistics; ddpm-shards make npz FILE URL makes a data set of them, for "
-            "--data"
-        )
+        raise EvaluationError(f"it holds images (arr_0) and no statistics: {_as_data(url)}")
     return read_arrays(data)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ddpm_dist import rng, snapshot, storage
 from ddpm_dist.cluster.pool import Done
+from ddpm_dist.commands import make_shards
 from ddpm_dist.config import ClusterConfig
 from ddpm_dist.data.decode import encode_png
 from ddpm_dist.data.stream import iterate
@@ -421,15 +422,30 @@ def test_statistics_of_other_programs(sets: tuple[str, str], tmp_path: Path) -> 
         save_npz(f"file://{tmp_path}/nan.npz", mu=mu * np.nan, sigma=sigma): "its mu holds NaN or infinities",
         save_npz(f"file://{tmp_path}/text.npz", mu=np.array(["a"]), sigma=sigma): "its mu holds <U1, not numbers",
         save_npz(f"file://{tmp_path}/skew.npz", mu=mu, sigma=skew): "sigma is not symmetric",
-        save_npz(
-            f"file://{tmp_path}/images.npz", arr_0=np.zeros((9, 8, 8, 3), np.uint8)
-        ): "ddpm-shards make npz FILE URL",
     }
     for url, message in cases.items():
         with pytest.raises(EvaluationError, match=message):
             evaluate(replace(one, reference=url))
     with pytest.raises(EvaluationError, match="statistics are of one network, the metrics use pixel, lite0"):
         evaluate(replace(one, reference=adm, metrics=("frechet_pixel", "frechet_lite0")))
+
+
+def test_images_as_a_reference_become_a_data_set_by_the_command_that_is_named(
+    sets: tuple[str, str], tmp_path: Path
+) -> None:
+    """ADM's batches of samples hold arr_0 alone."""
+    samples, data = sets
+    images = np.stack([sample.image.transpose(1, 2, 0) for sample in iterate(data, channels=3)])
+    batch = save_npz(f"file://{tmp_path}/images.npz", arr_0=images)
+    order = Order(samples=samples, reference=batch, metrics=("frechet_pixel", "prdc_pixel"))
+    with pytest.raises(EvaluationError, match=r"it holds images \(arr_0\).* give it as --data URL") as refused:
+        evaluate(order)
+    named = str(refused.value).split("`ddpm-shards make ")[1].split("`")[0]
+    make_shards.main(named.replace("URL", f"file://{tmp_path}/made").split())
+    found = evaluate(replace(order, reference=None, data=f"file://{tmp_path}/made"))["metrics"]
+    expected = evaluate(replace(order, reference=None, data=data))["metrics"]
+    assert found["frechet_pixel"] == pytest.approx(expected["frechet_pixel"], rel=1e-5)  # type: ignore[index]
+    assert found["recall_pixel"] == expected["recall_pixel"]  # type: ignore[index]
 
 
 def test_a_nan_is_never_a_distance(sets: tuple[str, str], tmp_path: Path) -> None:
