@@ -56,7 +56,10 @@ def _store(rank: int, size: int, place: str, deadline: float) -> Store:
         except (dist.DistError, OSError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             if rank == 0 and not by_agent:
-                raise ClusterError(f"MASTER_PORT: {place} can't be listened at: {reason}") from None
+                raise ClusterError(
+                    f"MASTER_PORT: {place} can't be listened at: {reason}; if another run has it, set MASTER_PORT to a "
+                    "free one, the same for all"
+                ) from None
             if time.monotonic() > deadline:
                 raise ClusterError(f"rank 0 doesn't answer at {place} (MASTER_ADDR, MASTER_PORT): {reason}") from None
             log.warning("rank %d waits for rank 0 at %s, which doesn't answer; %s", rank, place, launchers.said())

@@ -24,13 +24,26 @@ class _Launcher:
     rank: str
     size: str
     local_rank: str
+    local_size: str | None = None
+
+    def says(self, environment: Mapping[str, str]) -> tuple[str, str] | None:
+        """(rank, size) of a process that is one of several; None of others."""
+        rank, size = environment.get(self.rank), environment.get(self.size)
+        return (rank, size) if rank is not None and size is not None and int(size) > 1 else None
 
 
 _LAUNCHERS = (
-    _Launcher("Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    _Launcher("MPICH or Intel MPI", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    _Launcher(
+        "Open MPI",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    _Launcher("MPICH or Intel MPI", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     _Launcher("SLURM's srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 )
+"""The innermost first: mpirun in a job of SLURM's is told from srun, which starts mpirun's own processes there."""
 
 
 def adopt() -> None:
@@ -69,9 +82,11 @@ def translated(environment: Mapping[str, str]) -> dict[str, str]:
     if environment.get("WORLD_SIZE") or environment.get("RANK"):
         return {}
     for launcher in _LAUNCHERS:
-        rank, size = environment.get(launcher.rank), environment.get(launcher.size)
-        if rank is not None and size is not None and int(size) > 1:
-            local = environment.get(launcher.local_rank)
+        if found := launcher.says(environment):
+            rank, size = found
+            # srun says what PMI says as well (--mpi=pmi2), and alone knows the place on the node.
+            alike = [other.local_rank for other in _LAUNCHERS if other.says(environment) == found]
+            local = next((environment[name] for name in alike if name in environment), None)
             if local is None:
                 said = _said(launcher, rank, size)
                 raise ClusterError(f"{said} not which one on its node: set LOCAL_RANK, or start by torchrun")
@@ -82,7 +97,7 @@ def translated(environment: Mapping[str, str]) -> dict[str, str]:
 
 def _master(environment: Mapping[str, str], launcher: _Launcher, rank: str, size: str) -> dict[str, str]:
     address = environment.get("MASTER_ADDR") or _first_host(environment)
-    if address is None and environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == size:
+    if address is None and launcher.local_size and environment.get(launcher.local_size) == size:
         address = "127.0.0.1"  # all on this machine
     if address is None:
         raise ClusterError(

@@ -57,6 +57,17 @@ def test_who_is_alone_or_told_already_stays_so(environment: dict[str, str]) -> N
     assert launchers.translated(environment) == {}
 
 
+def test_mpich_is_heard() -> None:
+    """Of a process on a machine that has all of them, and of one that srun --mpi=pmi2 started."""
+    pmi = {"PMI_RANK": "3", "PMI_SIZE": "4"}
+    alone = launchers.translated({**pmi, "MPI_LOCALRANKID": "3", "MPI_LOCALNRANKS": "4"})
+    assert (alone["RANK"], alone["LOCAL_RANK"], alone["MASTER_ADDR"]) == ("3", "3", "127.0.0.1")
+    by_srun = launchers.translated({**pmi, **SLURM, "SLURM_STEP_NODELIST": "gpu[1-2]"})
+    assert (by_srun["RANK"], by_srun["LOCAL_RANK"], by_srun["MASTER_ADDR"]) == ("3", "1", "gpu1")
+    with pytest.raises(ClusterError, match=r"set LOCAL_RANK"):  # srun started mpirun's own process, one on each node
+        launchers.translated({**pmi, **SLURM, "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"})
+
+
 def test_a_launcher_that_says_too_little_is_refused() -> None:
     with pytest.raises(ClusterError, match=r"PMI_RANK, PMI_SIZE.*set LOCAL_RANK"):
         launchers.translated({"PMI_RANK": "0", "PMI_SIZE": "2"})
