@@ -207,6 +207,12 @@ def test_every_key_is_documented_or_plain() -> None:
         ("s3a://bucket/run", "write s3://BUCKET/FOLDER"),
         ("s3:///run", "names no bucket"),
         ("s3://bucket/../run", r"holds \.\."),
+        ("file:///data/./run", r"holds \.,"),
+        ("s3://bucket//run", "holds //"),
+        ("file:///~/runs", "nobody expands ~ .*write file:///"),
+        ("s3://$BUCKET/run", r"nobody expands \$BUCKET"),
+        ("file:///${HOME}/run", r"nobody expands \$\{HOME\}"),
+        ("s3://bucket/run ", "ends with a space"),
     ],
 )
 def test_a_url_that_means_another_place_elsewhere_is_refused_with_what_to_write(url: str, remedy: str) -> None:
