@@ -195,8 +195,7 @@ class _Trainer(DataParallelTrainer):
         Ours doesn't: it ends with its controller, and its room with it. The actor asks the dashboard each second, and
         fills the screen with a traceback where there is none, or where another Ray is on the machine.
         """
-        callbacks = super()._create_default_callbacks()
-        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+        return [c for c in super()._create_default_callbacks() if not isinstance(c, PlacementGroupCleanerCallback)]
 
 
 class _SharesDevices(Backend):
