@@ -47,11 +47,11 @@ def test_what_needs_more_says_what_and_how_to_get_it(python: Path) -> None:
     assert store == f"StorageError s3://bucket/x: {expected[-1]}"
 
 
-@pytest.mark.parametrize("program", ["train", "shards make"])
-def test_a_command_that_lacks_a_package_is_one_message(python: Path, program: str) -> None:
+@pytest.mark.parametrize(("program", "package"), [("train", "ray"), ("shards make", "pyspng")])
+def test_a_command_that_lacks_a_package_is_one_message(python: Path, program: str, package: str) -> None:
     done = run(python, "from ddpm_dist.commands import scripts; scripts.by_name()", *program.split())
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: the package ray is not installed here: pip install 'ray'\n"
+    assert done.stderr == f"error: the package {package} is not installed here: pip install '{package}'\n"
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,9 @@ from ddpm_dist.errors import ClusterError, DdpmDistError, HangError, PreemptedEr
 log = logging.getLogger(__name__)
 
 PRELOAD = "ddpm_dist.preload:everything"
+SILENCE, SILENCE_ALONE = 10.0, 2.0
+"""Times cluster.hang_seconds: a rank that for so long doesn't even say that it lives is ended. It is stopped, or its
+node swaps."""
 POLL_S = 0.5
 """How often a supervisor looks whether its node was announced to go away."""
 
@@ -42,8 +45,8 @@ class Order:
     """Beside the node's own: what must stand before torch is imported, and never a secret."""
     may_pass: tuple[type[DdpmDistError], ...]
     gpus: bool
-    silence_s: float
-    """A rank that doesn't even say that it lives for so long is ended: it is stopped, or its node swaps."""
+    hang_s: float
+    """cluster.hang_seconds."""
     agreement: Any
     """Handle of the actor."""
 
@@ -105,6 +108,8 @@ class _Rank:
         self._words, theirs = socket.socketpair()
         self.told = ranks.Told()
         self._heard_at = time.monotonic()
+        # The watchdogs of other ranks come first, if there are any: they show where each thread is.
+        self._silence_s = order.hang_s * (SILENCE if self._here.world_size > 1 else SILENCE_ALONE)
         descriptors = [theirs.fileno(), *([port.fileno()] if port is not None else [])]
         self._child = _start(self._request(*joined["master"]), order, descriptors)
         theirs.close()
@@ -129,8 +134,8 @@ class _Rank:
                 return "again"
             if self._child in readable:
                 return self._ended(self._child.wait())
-            if time.monotonic() - self._heard_at > self._order.silence_s:
-                return self._failed(HangError(f"no sign of life for {self._order.silence_s:.0f} s"))
+            if time.monotonic() - self._heard_at > self._silence_s:
+                return self._failed(HangError(f"no sign of life for {self._silence_s:.0f} s"))
             if not told_preemption and self._context.preemption_context.preemption_info is not None:
                 told_preemption = True
                 self._words.sendall(b"p")

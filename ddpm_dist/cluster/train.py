@@ -55,8 +55,6 @@ RESIZE_CHECK_S = 10.0
 """How often an elastic run looks for more room."""
 
 
-SILENCE_FACTOR = 2.0
-"""Of cluster.hang_seconds: the watchdogs of the other ranks come first, as they show where each thread is."""
 ANSWER_S = 30.0
 """How long the agreement may take to say whether there is to be another attempt."""
 
@@ -110,7 +108,7 @@ def _trainer(
         _rank_environment(cfg),
         MAY_PASS,
         cfg.cluster.gpus_per_worker > 0,
-        SILENCE_FACTOR * cfg.cluster.hang_seconds,
+        cfg.cluster.hang_seconds,
         agreement,
     )
     return _Trainer(

@@ -60,7 +60,7 @@ def _rebuild(size: int, fd: Any) -> SharedBytes:
 
 def _take(size: int) -> int:
     if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("ddpm-loader")
+        fd = os.memfd_create("ddpm_dist loader")
     else:
         fd, path = tempfile.mkstemp(prefix="ddpm-loader-")
         os.unlink(path)

@@ -19,6 +19,7 @@ from tools.local.s3_server import free_port
 def refusal(address: str, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setattr(connect, "KNOCK_S", 0.5)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # as another file's test may have left it
     began = time.monotonic()
     with pytest.raises(ClusterError) as caught:
         connect.connect_ray()

@@ -270,17 +270,18 @@ def test_linked_classes_are_followed_and_circles_are_not(tmp_path: Path) -> None
 def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     _, place = as_folder(tmp_path, {"n0/0.png": PNG, "n1/1.png": PNG})
     (place / "n1").chmod(0)
-    tmp_path.parent.chmod(0o755)
     was = os.geteuid()
     if was == 0:
         os.chown(place / "n0", 65534, 65534)
     try:
-        for folder in [place, *list(place.parents)[:3]]:
-            folder.chmod(0o755)
+        for folder in [place, *(parent for parent in place.parents if parent.stat().st_uid == os.getuid())]:
+            folder.chmod(folder.stat().st_mode | 0o055)
         if was == 0:
             os.seteuid(65534)
         with pytest.raises(DataError, match=r"n1/: can't be read: Permission denied"):
             opened("folder", place)
+        with pytest.raises(DataError, match=r"n1/deeper: can't be read: Permission denied"):
+            opened("folder", place / "n1/deeper")
     finally:
         os.seteuid(was)
         (place / "n1").chmod(0o755)

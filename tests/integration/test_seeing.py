@@ -114,7 +114,7 @@ def test_time_is_shown_by_phase_and_adds_up(seen: Any) -> None:
     stall = curve(events, "checkpoint/stall_seconds")
     assert stall == pytest.approx({line: phases["checkpoint"][line] * count for line, count in LINES.items()})
     assert stall[6] == 0 < stall[9] < seconds
-    assert 0 < curve(events, "checkpoint/background_seconds")[12] < seconds
+    assert 0 <= curve(events, "checkpoint/background_seconds")[12] < seconds, "0 while the first save is on its way"
     assert 0.05 < curve(events, "memory/host_GiB")[12] < 64
 
 

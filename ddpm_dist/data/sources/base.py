@@ -100,7 +100,11 @@ def open_input(path: str, what: str) -> IO[bytes]:
 def existing(path: str, what: str) -> Path:
     """The local path, or a DataError that says what was expected there."""
     found = Path(local(path)).expanduser()
-    if not found.exists():
+    try:
+        there = found.exists()
+    except OSError as error:
+        raise DataError(f"{path}: can't be read: {error.strerror}") from None
+    if not there:
         raise DataError(f"{path}: no such file or folder; {what} is expected there")
     return found
 
