@@ -77,7 +77,8 @@ class Engine:
             for piece in self._pieces:
                 piece.weights.copy_(initial[piece.name][piece.offset : piece.offset + piece.numel])
         self.sync_weights()
-        if cfg.model.compile:
+        self._compiled = cfg.model.compile
+        if self._compiled:
             self._ds.compile()
 
     def __call__(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -96,7 +97,7 @@ class Engine:
     def evaluating(self) -> Iterator[None]:
         """Inside, dropout is off, and nothing is compiled for shapes that are seen only now and then; no gradients."""
         self._ds.eval()
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager") if self._compiled else contextlib.nullcontext():
             yield
         self._ds.train()
 
