@@ -163,7 +163,6 @@ def from_a_fork(payload: str, descriptors: Any) -> None:
     """A rank as Ray's supervisors start it: forked from a process that has imported everything."""
     world = _start(ClusterConfig.model_validate_json(payload))
     _, norm = train_a_step(world)
-    assert world.device.type == ("cuda" if "1" in payload else "cpu"), world
     print(f"{world.device} {norm > 0}", flush=True)
 
 
@@ -171,7 +170,9 @@ def test_a_process_that_is_forked_from_a_standby_computes_on_its_gpu(device: str
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     standby = find(tmp_path / "standby", "ddpm_dist.preload:everything", idle_s=1.0, environment=environment)
     payload = ClusterConfig(gpus_per_worker=int(device == "cuda"), wait_seconds=0.1).model_dump_json()
-    request = Request("tests.cuda.test_devices:from_a_fork", payload, environment, str(ROOT), "a rank", (str(ROOT),))
+    request = Request(
+        "tests.cuda.test_devices:from_a_fork", payload, environment, str(ROOT), "a rank", (str(ROOT), *sys.path)
+    )
     out = tmp_path / "out"
     with out.open("wb") as file:
         child = standby.start(request, file.fileno(), file.fileno())

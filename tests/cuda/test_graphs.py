@@ -135,7 +135,7 @@ def _cluster(world: World) -> ClusterConfig:
     "sampling",
     [
         {"sampler": "ddpm", "steps": 3},
-        {"sampler": "heun", "steps": 3, "guidance_scale": 2.0, "guidance_interval": [0, 5]},
+        {"sampler": "heun", "steps": 3, "guidance_scale": 2.0, "guidance_interval": (0, 5)},
         {"sampler": "dpmpp_2m", "steps": 4, "clip": "dynamic", "precision": "bf16"},
     ],
     ids=["ddpm", "guided heun", "dynamic clipping"],
@@ -156,7 +156,7 @@ def too_small(world: World, url: str) -> str:
     """The message where not one image fits."""
     worker = SampleWorker(_cluster(world))
 
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     task = ProbeTask(url, SamplingConfig().model_dump_json(), 64)
