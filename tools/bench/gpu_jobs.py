@@ -29,7 +29,7 @@ from ddpm_dist.training import run_folder
 from ddpm_dist.training.entry import finished
 from ddpm_dist.training.loop import Training
 from tools.bench.gpu_network import Ours, images, recipe
-from tools.bench.gpu_sides import Process, Setting, alternate, profiled, ratio, seconds_of
+from tools.bench.gpu_sides import Process, Setting, alternate, apart, profiled, ratio, seconds_of
 
 Row = dict[str, Any]
 
@@ -161,6 +161,10 @@ def save(setting: Setting) -> Iterator[Row]:
 
 def noise(setting: Setting) -> Iterator[Row]:
     """Our counter-based normal numbers, beside torch's own."""
+    yield from apart(_noise, setting)
+
+
+def _noise(setting: Setting) -> Iterator[Row]:
     device = torch.device(setting.device)
     for batch in setting.batches(16, 128, 512):
         numbers = torch.arange(batch, device=device)
@@ -259,6 +263,10 @@ def likelihood(setting: Setting) -> Iterator[Row]:
 
 def features(setting: Setting) -> Iterator[Row]:
     """The feature networks of an evaluation."""
+    yield from apart(_features, setting)
+
+
+def _features(setting: Setting) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         buffer = io.BytesIO()
         torch.save(FidInception().state_dict(), buffer)

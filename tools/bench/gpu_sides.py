@@ -9,7 +9,7 @@ import os
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -101,6 +101,25 @@ class Process:
         if not ended_well:
             raise RuntimeError(answer)
         return answer
+
+
+class Apart:
+    """Rows of a function, computed in the process that this is made in."""
+
+    def __init__(self, setting: Setting, function: Callable[[Setting], Iterator[dict[str, Any]]]) -> None:
+        self._setting, self._function = setting, function
+
+    def step(self) -> None:
+        """Nothing that repeats."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        return list(self._function(self._setting))
+
+
+def apart(function: Callable[[Setting], Iterator[dict[str, Any]]], setting: Setting) -> Iterator[dict[str, Any]]:
+    """Its rows, from a process of its own: what it settles and holds on the device ends with it."""
+    with Process(Apart, setting, function) as process:
+        yield from process.ask("rows")
 
 
 def alternate(processes: dict[str, Process], steps: int, rounds: int) -> dict[str, list[float]]:

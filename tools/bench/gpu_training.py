@@ -11,13 +11,17 @@ from ddpm_dist.config import ClusterConfig
 from ddpm_dist.device import set_up
 from ddpm_dist.training.flops import training_flops_per_image
 from tools.bench.gpu_network import Diffusers, OneGraph, Ours, has_diffusers, recipe
-from tools.bench.gpu_sides import Process, Setting, alternate, ratio, seconds_of
+from tools.bench.gpu_sides import Process, Setting, alternate, apart, ratio, seconds_of
 
 Row = dict[str, Any]
 
 
 def ceilings(setting: Setting) -> Iterator[Row]:
     """What the card does at most: a copy between two places of its memory, and large products in bf16 and float32."""
+    yield from apart(_ceilings, setting)
+
+
+def _ceilings(setting: Setting) -> Iterator[Row]:
     device = torch.device(setting.device)
     set_up(device, ClusterConfig(gpus_per_worker=1 if setting.on_cuda else 0, wait_seconds=1))
     numel = 1 << (30 if not setting.small else 20)
