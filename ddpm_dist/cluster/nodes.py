@@ -31,8 +31,8 @@ class Nodes:
         connect_ray()
         nodes = sorted((n for n in ray.nodes() if n["Alive"]), key=lambda n: (n["NodeManagerHostname"], n["NodeID"]))
         self.places = _places(nodes)
-        visitor = ray.remote(_Visitor)
-        self._actors = [
+        visitor: Any = ray.remote(_Visitor)
+        self._actors: list[Any] = [
             visitor.options(
                 num_cpus=0, num_gpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             ).remote()

@@ -65,9 +65,9 @@ def _panel(
         middle = x + 0.35 * wide
         out.append(f"<text x='{middle:.1f}' y='{y - 4:.1f}' text-anchor='middle'>{above[at]}</text>")
         out.append(f"<text x='{middle:.1f}' y='{BASE + 16}' text-anchor='middle'>{html.escape(name)}</text>")
-    at = left
+    across = float(left)
     for part, kind in zip(parts, classes, strict=True):
-        out.append(f"<rect class='{kind}' x='{at:.0f}' y='{BASE + 32}' width='10' height='10'/>")
-        out.append(f"<text x='{at + 14:.0f}' y='{BASE + 41}'>{html.escape(part)}</text>")
-        at += 20 + 6.4 * len(part)
+        out.append(f"<rect class='{kind}' x='{across:.0f}' y='{BASE + 32}' width='10' height='10'/>")
+        out.append(f"<text x='{across + 14:.0f}' y='{BASE + 41}'>{html.escape(part)}</text>")
+        across += 20 + 6.4 * len(part)
     return "".join(out)

@@ -11,6 +11,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil, log2
+from typing import Any
 
 from ddpm_dist.planning.checkpoint import Saving
 from ddpm_dist.planning.failures import CONSTANTS
@@ -33,10 +34,10 @@ class Scenario:
     constants: Mapping[str, float]
 
     @classmethod
-    def of(cls, *args: object, **changed: float) -> "Scenario":
+    def of(cls, *args: Any, **changed: float) -> "Scenario":
         """With CONSTANTS, of which some may be `changed`."""
         constants = {name: constant.value for name, constant in CONSTANTS.items()} | changed
-        return cls(*args, constants)  # type: ignore[arg-type]
+        return cls(*args, constants)
 
     def restart_s(self, node_lost: bool) -> float:
         """From the failure until training goes on, where a node is at hand."""

@@ -22,7 +22,7 @@ from ddpm_dist import storage
 from ddpm_dist.data.index import DataIndex, Schema, ShardInfo, load_index, save_index
 from ddpm_dist.data.order import Order, share_of
 from ddpm_dist.data.ranges import RangeReader
-from ddpm_dist.engine import Address
+from ddpm_dist.engine import Address, bytes_of
 from ddpm_dist.models import UNet
 from ddpm_dist.recipe import load_config
 from ddpm_dist.snapshot import network_of
@@ -216,7 +216,7 @@ def resume(url: str, stage: int, ranks: int) -> dict[str, float]:
     manifest = reader.read_manifest(url)
     decoded = time.process_time()
     targets = [Target(kind, *address[:2], torch.empty(address[2])) for address in owned for kind in KINDS]
-    copies = reader._plan(fmt.Source(manifest), targets, [memoryview(t.tensor.numpy()).cast("B") for t in targets])
+    copies = reader._plan(fmt.Source(manifest), targets, [bytes_of(target.tensor) for target in targets])
     planned = time.process_time()
     return {
         "decode seconds": decoded - began,
