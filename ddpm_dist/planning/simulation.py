@@ -37,7 +37,7 @@ class Scenario:
     def of(cls, *args: Any, **changed: float) -> "Scenario":
         """With CONSTANTS, of which some may be `changed`."""
         constants = {name: constant.value for name, constant in CONSTANTS.items()} | changed
-        return cls(*args, constants)
+        return cls(*args, constants)  # type: ignore[call-arg]
 
     def restart_s(self, node_lost: bool) -> float:
         """From the failure until training goes on, where a node is at hand."""

@@ -3,6 +3,7 @@
 Ranks come from the fork server of `tests/engine/worker_group.py`, so an attempt costs a second, not ten.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -237,7 +238,8 @@ def _watch_changes(world: World, faults: Faults) -> None:
         if world.rank != dying_rank or at != number:
             return action()
         if after:
-            action()
+            with contextlib.suppress(Exception):  # of a refusal, too, one may not hear any more
+                action()
         os.kill(os.getpid(), signal.SIGKILL)
 
     def watched(url: str) -> tuple[Any, str]:
