@@ -74,7 +74,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     no_image = index.num_samples - sum(index.schema.formats.values())
     if no_image:
         forms.append(f"{no_image} not an image: ddpm-shards verify names them")
-    classes = f"{index.num_classes} classes" if index.num_classes else "no labels"
+    classes = "no labels"
+    if index.num_classes:
+        classes = f"{index.num_classes:,} {'class' if index.num_classes == 1 else 'classes'}"
+    elif reading == Reading():
+        classes += " (no .cls; --label names another member, --labels a file)"
     if index.schema.class_names:
         names = index.schema.class_names
         classes += f" ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"

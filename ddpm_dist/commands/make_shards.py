@@ -33,7 +33,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("kind", choices=list(SOURCES), help="what the input is")
     parser.add_argument("inputs", nargs="*", metavar="INPUT", help="files, folders or URLs of the input")
-    parser.add_argument("url", metavar="URL", help="folder of the new data set, such as s3://bucket/name")
+    parser.add_argument("url", type=cli.url, metavar="URL", help="folder of the new data set, such as s3://bucket/name")
     parser.add_argument(
         "--split",
         metavar="PART",

@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("url", metavar="URL")
+    parser.add_argument("url", type=cli.url, metavar="URL")
     parser.add_argument("--index", type=cli.url, metavar="URL", help="folder of the index (default: with the shards)")
     parser.add_argument("--no-decode", action="store_true", help="hashes and structure, without decoding the images")
     parser.add_argument(

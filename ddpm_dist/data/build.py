@@ -53,7 +53,7 @@ def make_plan(
     plan = Plan(kind, options, len(source), 1, format, quality, channels, shuffle_seed, skip_bad, source.run)
     if samples_per_shard is None:
         probes = np.unique(np.linspace(0, len(source) - 1, PROBES).astype(int)).tolist()
-        sizes = [len(sample.image) + MEMBER_BYTES for sample in encode_all(plan, source, probes, Tally())]
+        sizes = [len(sample.image) + MEMBER_BYTES for sample in encode_all(plan, source, probes, Tally(probing=True))]
         samples_per_shard = max(1, min(int(bytes_per_shard // np.mean(sizes or 1)), -(-len(source) // MIN_SHARDS)))
     for note in source.notes:
         log.info("make_shards: %s", note)

@@ -260,7 +260,8 @@ def _parse_npy_header(magic: bytes, header: bytes) -> tuple[int, int, int]:
     except Exception:  # numpy parses it as Python, and names objects in memory
         raise BadSampleError("corrupt", f"no header of an array: {header[:40]!r}") from None
     if dtype != np.uint8 or fortran or len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] not in (1, 3)):
-        raise BadSampleError("corrupt", f"array of {dtype} {shape}; [height, width, 1 or 3] of uint8 is wanted")
+        order = " in Fortran's order" if fortran else ""
+        raise BadSampleError("corrupt", f"array of {dtype} {shape}{order}; [height, width, 1 or 3] of uint8 is wanted")
     return (shape[0], shape[1], shape[2] if len(shape) == 3 else 1)
 
 

@@ -29,7 +29,7 @@ from ddpm_dist.data.settle import settle_classes
 from ddpm_dist.data.sources.base import open_input, reading as explained
 from ddpm_dist.data.sources.labels import read_labels
 from ddpm_dist.data.sources.splits import choose_shards
-from ddpm_dist.data.writer import IMAGELESS, LYING, OWN, UNREADABLE, WrittenShard, index_tar, make_index
+from ddpm_dist.data.writer import IMAGELESS, OWN, PHOTO, UNREADABLE, WrittenShard, index_tar, make_index
 from ddpm_dist.errors import ConfigError, DataError, NotFoundError
 from ddpm_dist.progress import Progress, counted
 
@@ -39,7 +39,7 @@ SHOWN = 20
 SAID = {
     IMAGELESS: "no image",
     UNREADABLE: "no image",
-    LYING: "not upright by their EXIF orientation, and trained on as they lie (ddpm-shards make turns them)",
+    PHOTO: "not upright by their EXIF orientation, and trained on as they lie (ddpm-shards make turns them)",
 }
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -81,9 +81,10 @@ def index_shards(
                 finished[number] = done
     if damaged and (not leave_out_damaged or len(damaged) == len(names)):
         listed = "\n  ".join(list(damaged.values())[:SHOWN])
+        remedy = "" if len(damaged) == len(names) else "; --leave-out-damaged indexes the others alone"
         raise DataError(
-            f"{len(damaged)} of {counted(len(names), 'shard')} can't be indexed:\n  {listed}\nrestore them and start "
-            f"this again, or leave them out with --leave-out-damaged (but not all)"
+            f"{len(damaged)} of {counted(len(names), 'shard')} can't be indexed:\n  {listed}\nmend or restore what is "
+            f"damaged, and start this again{remedy}"
         )
     written = [finished[number] for number in sorted(finished)]
     _tell(written)
@@ -117,6 +118,8 @@ def _tars(url: str) -> dict[str, int]:
         )
     if not tars:
         held = f"; {next(iter(there))} is" if there else ""
+        if set(url) & set("*?{["):
+            held += "; URL is their folder, and --include GLOB chooses among them"
         raise NotFoundError(f"{storage.redact(url)}: no .tar is there{held}")
     return tars
 
@@ -171,15 +174,16 @@ def _refuse_empty(url: str, written: Sequence[WrittenShard]) -> None:
     if not any(part.summary.formats for part in written):
         notes = ((part.info.name, part.summary.notes.get(why)) for part in written for why in (IMAGELESS, UNREADABLE))
         held = next((f"; {name}: {found[1][0]}" for name, found in notes if found), "")
+        members = f". Images are members .{', .'.join(tar.IMAGE_EXTENSIONS)}; --image EXTENSION names another"
         raise DataError(
-            f"{storage.redact(url)}: none of {counted(samples, 'sample')} has an image that can be read{held}. Images "
-            f"are members .{', .'.join(tar.IMAGE_EXTENSIONS)}; --image EXTENSION names another"
+            f"{storage.redact(url)}: none of {counted(samples, 'sample')} has an image that can be read{held}"
+            f"{members if any(IMAGELESS in part.summary.notes for part in written) else ''}"
         )
 
 
 def _check_labels(reading: Reading, index: DataIndex) -> None:
     if index.num_classes is None and reading.label not in (OWN.label, NO_LABELS):
-        extension = reading.label.partition(":")[0]
+        extension = reading.label_member[0]
         raise DataError(f"--label {reading.label}: no sample has a member .{extension}; `tar tf` shows what there is")
 
 
@@ -203,6 +207,11 @@ def _tell(written: Sequence[WrittenShard]) -> None:
     for what in sorted(counts):
         said = SAID.get(what, "left out")
         log.warning("index_shards: %s: %s, such as %s", said, counted(counts[what], what), shown[what])
+    first: dict[str, str] = {}
+    for part in written:
+        same = first.setdefault(part.info.hash, part.info.name)
+        if same != part.info.name and part.info.samples:
+            log.warning("index_shards: %s is %s once more, byte for byte (--exclude GLOB)", part.info.name, same)
 
 
 class _Indexer:

@@ -27,8 +27,9 @@ TABLE_FOLDER = "index"
 INDEX_FORMAT = "ddpm_dist data index 1"
 TABLE_MAGIC = b"ddpm_dist samples 1\n"
 NO_LABEL = -1
-LEFT_OUT, KEYS = "left_out", "keys"
-"""Keys of an index's `about`: {shard: why index_shards left it out}; where keys end, if not at the first dot."""
+LEFT_OUT, KEYS, LYING = "left_out", "keys", "photos_not_upright"
+"""Keys of an index's `about`: {shard: why index_shards left it out}; where keys end, if not at the first dot; number of
+images that aren't upright by their EXIF orientation."""
 MAX_SHARD_BYTES = 2**40
 
 ROW = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4"), ("label", "<i4"), ("key_end", "<u4")])

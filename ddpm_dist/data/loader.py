@@ -15,7 +15,7 @@ from ddpm_dist.config import Config
 from ddpm_dist.data.cache import DiskCache
 from ddpm_dist.data.daemons import in_background
 from ddpm_dist.data.fetch import ShardReader
-from ddpm_dist.data.index import DataIndex, load_index
+from ddpm_dist.data.index import LYING, DataIndex, load_index
 from ddpm_dist.data.order import Order, share_of
 from ddpm_dist.data.stream import Part, parts
 from ddpm_dist.data.workers import worker_parts
@@ -77,6 +77,8 @@ class Loader:
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         """The batches from a step on, over all epochs, without end."""
+        if self._places[0] == 0:
+            _tell(self._indexes)
         if self._rank == 0 and (remark := reading_twice(self._cfg, self._order, self._world)):
             log.warning("%s", remark)
         found = in_background(lambda: self._finished(start_step), self._batches_ahead())
@@ -134,6 +136,19 @@ class Loader:
             images = images.pin_memory()
             labels = labels.pin_memory() if labels is not None else None
         return Batch(part.step, self.epoch(part.step), images, labels, part.keys, bad)
+
+
+def _tell(indexes: Iterable[DataIndex]) -> None:
+    """Says what of the sets is trained on otherwise than it was seen."""
+    for index in indexes:
+        if lying := index.about.get(LYING):
+            log.warning(
+                "data: %d of %d images of %s aren't upright by their EXIF orientation, and are trained on as they lie "
+                "(ddpm-shards make turns them)",
+                lying,
+                index.num_samples,
+                storage.redact(index.url),
+            )
 
 
 def _check_classes(wanted: int | None, there: int | None) -> None:

@@ -74,6 +74,8 @@ class Tally:
 
     lying: list[str] = field(default_factory=list)
     """Names of photos whose EXIF orientation isn't upright."""
+    probing: bool = False
+    """Whether these are samples of the items, which are read again later: what is left out is said then."""
 
 
 def shard_items(plan: Plan, number: int) -> list[int]:
@@ -124,7 +126,8 @@ def encode_all(plan: Plan, source: Source, numbers: Iterable[int], tally: Tally)
                     f"{what}; put a whole image in its place, or let such images be left out with --skip-bad: the same "
                     f"command then goes on from here"
                 ) from None
-            log.warning("make_shards: left out: %s", what)
+            if not tally.probing:
+                log.warning("make_shards: left out: %s", what)
             continue
         if orientation != upright.UPRIGHT:
             tally.lying.append(name)

@@ -4,21 +4,18 @@ Nothing is guessed. What can be read in two ways is a ConfigError that lists wha
 """
 
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 from ddpm_dist.data import tar
+from ddpm_dist.data.classes import SPARSE, class_value, composed
 from ddpm_dist.errors import ConfigError, DataError
 
-CLS, NO_LABELS = "cls", "none"
-KEEP, RENUMBER = "keep", "renumber"
+CLS, JSON, NO_LABELS = "cls", "json", "none"
 SHOWN = 12
 REMEDY = "--label none leaves all labels out, --labels FILE says them"
-MAX_NAME = 200
-"""Characters of a class name; what is longer is a text about the image."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,7 @@ class Reading:
     """What the user says about a set of others; the defaults are what this project's own sets need."""
 
     KEYS: ClassVar = tuple(tar.KEYS)
-    SPARSE: ClassVar = (KEEP, RENUMBER)
+    SPARSE: ClassVar = SPARSE
 
     label: str = CLS
     """Extension of the member with the class, `json:FIELD` for a field of the .json member, or "none"."""
@@ -37,10 +34,16 @@ class Reading:
     keys: str = tar.FIRST_DOT
     """Where a key ends in a file's name: one of KEYS."""
     sparse: str | None = None
-    """What numbers with big gaps are: classes with their numbers (KEEP), or their names (RENUMBER)."""
+    """What numbers with big gaps are: one of SPARSE."""
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     """Globs of the shards to take, and of those to leave out; * matches / as well."""
+
+    @property
+    def label_member(self) -> tuple[str, str]:
+        """(extension of the member with the class, field of its JSON or "")."""
+        extension, _, field = self.label.partition(":")
+        return extension.lower().removeprefix("."), field
 
     def split(self, path: str) -> tuple[str | None, str]:
         """(key or None, extension) of a path, by `keys`."""
@@ -98,18 +101,20 @@ def class_of(
     key = next(iter(files.values())).key
     if labels is not None:
         paths = [*(f"{key}.{extension}" for extension in files), key]
-        found = next((path for path in paths if path in labels), None)
+        found = next((path for path in map(composed, paths) if path in labels), None)
         if found is None:
             raise ConfigError(f"--labels {reading.labels}: has no class for {paths[0]} (in {shard}), nor for {key}")
         return _class(labels[found], f"--labels {reading.labels}: {found}", "its class")
-    extension, _, field = reading.label.partition(":")
+    extension, field = reading.label_member
     member = files.get(extension) if reading.label != NO_LABELS else None
     if member is None:
         return None
     raw, place = data[member.offset : member.offset + member.size], f"{shard}: {key}"
+    if extension == JSON and not field:
+        raise ConfigError(f"--label json: which field ({_shown_fields(raw)})? Write --label json:FIELD")
     if not field:
         try:
-            value: Any = raw.decode().strip()
+            value: Any = raw.decode()
         except UnicodeDecodeError:
             value = raw
     else:
@@ -123,23 +128,21 @@ def class_of(
     return _class(value, place, f"its label ({reading.label})")
 
 
+def _shown_fields(raw: bytes) -> str:
+    try:
+        return ", ".join(list(dict(json.loads(raw)))[:SHOWN])
+    except (ValueError, TypeError, RecursionError):
+        return f"{raw[:40]!r}"
+
+
 def _class(value: Any, place: str, what: str) -> int | str:
-    found = value
-    if isinstance(value, str):
-        text = value.strip()
-        number = re.fullmatch(r"\+?([0-9]{1,20})(\.0*)?", text)
-        like_a_number = re.fullmatch(r"[+-]?[0-9.]+([eE][+-]?[0-9]+)?", text)
-        if 0 < len(text) <= MAX_NAME and text.isprintable() and not like_a_number:
-            return text
-        found = int(number[1]) if number else text
-    if isinstance(found, float) and found.is_integer():
-        found = int(found)
-    if isinstance(found, int) and not isinstance(found, bool) and 0 <= found < 2**31:
-        return found
-    raise DataError(
-        f"{place}: {what} is {value!r:.40}; a class number (0, 1, …) or a class name is wanted; --label none leaves "
-        f"labels out"
-    )
+    found = class_value(value)
+    if found is None:
+        raise DataError(
+            f"{place}: {what} is {value!r:.40}; a class number (0, 1, …) or a class name is wanted; --label none takes "
+            f"no labels"
+        )
+    return found
 
 
 def names_among(classes: Sequence[int | str | None], shard: str) -> list[str]:
@@ -157,32 +160,3 @@ def names_among(classes: Sequence[int | str | None], shard: str) -> list[str]:
         number = next(value for value in classes if isinstance(value, int))
         raise DataError(f"{shard}: labels are names ({names[0]}) and numbers ({number}), where one is wanted; {REMEDY}")
     return names
-
-
-def refuse_captions(names: Sequence[str], samples: int) -> None:
-    """ConfigError for what says something about each image rather than its class."""
-    if len(names) > 100 and 2 * len(names) > samples:
-        raise ConfigError(
-            f"labels: {len(names)} different ones for {samples} samples ({names[0]!r:.40}, …) are no classes; --label "
-            f"none leaves them out"
-        )
-
-
-def sparse_numbers(numbers: Iterable[int], reading: Reading) -> list[int] | None:
-    """The class numbers that are to be taken for names, in order; None where they are the numbers of classes.
-
-    ConfigError where more than half, and more than 100, of the classes up to the largest would be empty.
-    """
-    there = sorted(set(numbers))
-    if not there or reading.sparse == KEEP:
-        return None
-    empty = there[-1] + 1 - len(there)
-    if reading.sparse == RENUMBER:
-        return there if empty else None
-    if empty > max(100, len(there)):
-        shown = ", ".join(map(str, there[:3])) + (", …" if len(there) > 3 else "")
-        raise ConfigError(
-            f"labels: {len(there)} numbers ({shown}) up to {there[-1]}: --sparse-labels renumber makes {len(there)} "
-            f"classes, called by their numbers; --sparse-labels keep makes {there[-1] + 1}, {empty} of them empty"
-        )
-    return None

@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 
 from ddpm_dist import storage
+from ddpm_dist.data.classes import check_names, sparse_numbers
 from ddpm_dist.data.index import SampleTable, content_hash, table_name
-from ddpm_dist.data.reading import REMEDY, Reading, refuse_captions, sparse_numbers
+from ddpm_dist.data.reading import REMEDY, Reading
 from ddpm_dist.data.writer import WrittenShard
 from ddpm_dist.errors import ConfigError
 
@@ -34,11 +35,13 @@ def settle_classes(
         )
     if named:
         class_names = tuple(sorted({name for part in named for name in part.summary.names}))
-        refuse_captions(class_names, sum(part.info.samples for part in written))
+        check_names(class_names, sum(part.info.samples for part in written))
         numbers = {name: number for number, name in enumerate(class_names)}
         changes = {id(part): [numbers[name] for name in part.summary.names] for part in named}
     else:
-        sparse = sparse_numbers((label for part in labelled for label in set(part.summary.labels or ())), reading)
+        sparse = sparse_numbers(
+            (label for part in labelled for label in set(part.summary.labels or ())), reading.sparse
+        )
         if sparse is None:
             return written, None
         class_names = tuple(map(str, sparse))

@@ -11,6 +11,7 @@ import numpy as np
 from ddpm_dist import storage
 from ddpm_dist.data import decode, tar, upright
 from ddpm_dist.data.index import (
+    LYING,
     NO_LABEL,
     ROW,
     DataIndex,
@@ -25,7 +26,7 @@ from ddpm_dist.data.reading import REMEDY, Reading, class_of, image_of, names_am
 from ddpm_dist.errors import DataError
 
 PATHS_SHOWN = 3
-IMAGELESS, UNREADABLE, LYING = "imageless sample", "unreadable image", "photo"
+IMAGELESS, UNREADABLE, PHOTO, OTHER = "imageless sample", "unreadable image", "photo", "other member"
 OWN = Reading()
 """How this project's own shards are read."""
 
@@ -112,7 +113,9 @@ def make_index(
     """As `write_index`, not published. Raises DataError where the shards don't go together."""
     shards = list(shards)
     schema = merge_schema([s.summary for s in shards if s.info.samples], class_names)
-    return DataIndex(url, tuple(s.info for s in shards), schema, about or {}, at)
+    lying = sum(s.summary.notes[PHOTO][0] for s in shards if PHOTO in s.summary.notes)
+    about = {**(about or {}), **({LYING: lying} if lying else {})}
+    return DataIndex(url, tuple(s.info for s in shards), schema, about, at)
 
 
 def index_tar(
@@ -128,49 +131,69 @@ def index_tar(
     rows = np.zeros(len(found.samples), ROW)
     keys: list[bytes] = []
     classes: list[int | str | None] = []
-    formats: Counter[str] = Counter()
-    sizes: list[tuple[int, int]] = []
+    seen = _Seen(notes)
     end = 0
-    seen: set[str] = set()
     for number, members in enumerate(found.samples):
         key = members[0].key
-        if key in seen:
-            raise DataError(
-                f"{name}: the key {key} stands twice, with other files between; keys must be unique, and the files of "
-                f"a sample lie side by side: `tar --sort=name` writes them so"
-            )
-        seen.add(key)
         keys.append(key.encode())
         end += len(keys[-1])
-        image = image_of(members, reading, name)
-        if image is None:
-            notes.setdefault(IMAGELESS, []).append(f"{key} ({shown_members(members)})")
-        classes.append(class_of(data, {member.extension: member for member in members}, reading, labels, name))
+        image, files = image_of(members, reading, name), {member.extension: member for member in members}
+        classes.append(class_of(data, files, reading, labels, name))
         start, size = (image.offset, image.size) if image else (members[0].offset, 0)
         if size >= 2**32:
             raise DataError(f"{name}: the image of sample {key} has {size} bytes; at most {2**32 - 1} can be")
         content = data[start : start + size]
         rows[number] = (start, size, zlib.crc32(content), NO_LABEL, end)
-        try:
-            form, height, width = decode.describe(content)
-            sizes.append((height, width))
-            formats[form] += 1
-            if upright.orientation(content) != upright.UPRIGHT:
-                notes.setdefault(LYING, []).append(key)
-        except decode.BadSampleError as error:  # the loader counts it by cause, ddpm-shards verify names all
-            if image is not None:
-                notes.setdefault(UNREADABLE, []).append(f"{key}: {error}")
+        if image is None:
+            notes.setdefault(IMAGELESS, []).append(f"{key} ({shown_members(members)})")
+        else:
+            seen.add(key, content)
+            read = {image.extension} | (set() if labels is not None else {reading.label_member[0]})
+            notes.setdefault(OTHER, []).extend(f"{key}.{extension}" for extension in files if extension not in read)
+    _refuse_twice(keys, name)
     names = names_among(classes, name)
     numbers = {class_name: number for number, class_name in enumerate(names)}
     rows["label"] = [_number(value, numbers) for value in classes]
     table = SampleTable(rows, b"".join(keys))
     table_data = table.to_bytes()
     info = ShardInfo(name, len(data), len(rows), content_hash(data), len(table_data), content_hash(table_data))
-    lows = (min((h for h, _ in sizes), default=0), min((w for _, w in sizes), default=0))
-    highs = (max((h for h, _ in sizes), default=0), max((w for _, w in sizes), default=0))
-    shown = {what: (len(paths), paths[:PATHS_SHOWN]) for what, paths in notes.items()}
-    largest = int(rows["label"].max(initial=NO_LABEL))
-    return WrittenShard(info, ShardSummary(dict(formats), lows, highs, largest + 1, shown, tuple(names))), table
+    shown = {what: (len(paths), paths[:PATHS_SHOWN]) for what, paths in notes.items() if paths}
+    classes_up_to = int(rows["label"].max(initial=NO_LABEL)) + 1
+    return WrittenShard(info, ShardSummary(dict(seen.formats), *seen.span, classes_up_to, shown, tuple(names))), table
+
+
+class _Seen:
+    """What the heads of images say: formats, sizes; notes get what can't be read, and what doesn't stand upright."""
+
+    def __init__(self, notes: dict[str, list[str]]) -> None:
+        self._notes, self._sizes = notes, list[tuple[int, int]]()
+        self.formats: Counter[str] = Counter()
+
+    def add(self, key: str, content: bytes) -> None:
+        try:
+            form, height, width = decode.describe(content)
+        except decode.BadSampleError as error:  # the loader counts it by cause, ddpm-shards verify names all
+            self._notes.setdefault(UNREADABLE, []).append(f"{key}: {error}")
+            return
+        self._sizes.append((height, width))
+        self.formats[form] += 1
+        if upright.orientation(content) != upright.UPRIGHT:
+            self._notes.setdefault(PHOTO, []).append(key)
+
+    @property
+    def span(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Smallest and largest (height, width), each by itself; zeros without images."""
+        heights, widths = zip(*self._sizes, strict=True) if self._sizes else ((0,), (0,))
+        return (min(heights), min(widths)), (max(heights), max(widths))
+
+
+def _refuse_twice(keys: Sequence[bytes], name: str) -> None:
+    if len(set(keys)) < len(keys):
+        key = next(key for key, count in Counter(keys).items() if count > 1).decode()
+        raise DataError(
+            f"{name}: the key {key} stands twice, with other files between; keys must be unique, and the files of "
+            f"a sample lie side by side: `tar --sort=name` writes them so"
+        )
 
 
 def _number(value: int | str | None, numbers: Mapping[str, int]) -> int:

@@ -9,6 +9,7 @@ import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from ddpm_dist import storage
 from ddpm_dist.data.build import Plan, ShardMaker, build, make_plan, run_in_processes
 from ddpm_dist.data.fetch import ShardReader
 from ddpm_dist.data.foreign import index_shards
-from ddpm_dist.data.index import load_index
+from ddpm_dist.data.index import KEYS, LEFT_OUT, LYING, load_index
+from ddpm_dist.data.loader import Loader
 from ddpm_dist.data.parts import PARTS_FOLDER
 from ddpm_dist.data.reading import Reading
 from ddpm_dist.data.sources import SourceOptions
@@ -26,7 +28,7 @@ from ddpm_dist.data.verify import verify_shards
 from ddpm_dist.data.writer import index_tar, shard_bytes
 from ddpm_dist.errors import AccessError, ConfigError, DataError, DdpmDistError
 from tests.data.others import image, labelled, put
-from tests.data.small_sets import write_set
+from tests.data.small_sets import config, write_set
 from tests.data.test_writer import samples
 
 
@@ -301,6 +303,56 @@ def test_photos_that_lie_on_their_side_are_counted(tmp_path: Path, caplog: pytes
     with caplog.at_level(logging.INFO):
         assert index_shards(url).schema.max_size == (8, 8)
     assert "trained on as they lie (ddpm-shards make turns them): 1 photo, such as 0.tar: 0" in caplog.text
+    caplog.clear()
+    for rank in range(2):  # the index knows: nothing is looked for, and one rank says it
+        loader = Loader(config(url, batch=2), rank, 2)
+        next(loader.batches(0))
+        loader.close()
+    assert caplog.text.count(f"1 of 2 images of {url} aren't upright by their EXIF orientation") == 1
+    assert LYING in load_index(url).about
+    assert LYING not in load_index(build_from(url, f"{url}-made")).about
+
+
+def build_from(url: str, out: str) -> str:
+    """A set made anew of one that has an index."""
+    plan = make_plan(
+        "webdataset", SourceOptions((url,)), format="png", quality=95, channels=None, shuffle_seed=None,
+        skip_bad=False, samples_per_shard=2, bytes_per_shard=2**26,
+    )  # fmt: skip
+    return build(plan, out, partial(run_in_processes, 1)).url
+
+
+def test_what_the_index_of_an_input_says_is_not_said_of_the_set_that_is_made_of_it(tmp_path: Path) -> None:
+    url = put(f"file://{tmp_path}/set", [("a.b.0.png", image()), ("a.b.1.png", image(1))], "train.tar")
+    put(url, [("2.png", image(2))], "shard-000000.tar")
+    index_shards(url, Reading(keys="last-dot", include=("train*",)))
+    assert load_index(url).about.keys() == {LEFT_OUT, KEYS}
+    made = build_from(url, f"file://{tmp_path}/made")
+    assert load_index(made).about == {}
+    assert verify_shards(made) == []
+
+
+def test_a_shard_that_stands_there_twice_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    url = f"file://{tmp_path}"
+    for name in ("0.tar", "0 (1).tar", "1.tar"):
+        put(url, [("0.png", image()) if name[0] == "0" else ("1.png", image(1))], name)
+    assert index_shards(url).num_samples == 3
+    assert "index_shards: 0.tar is 0 (1).tar once more, byte for byte (--exclude GLOB)" in caplog.text
+    assert "1.tar is" not in caplog.text
+
+
+def test_members_that_are_not_read_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    url = put(f"file://{tmp_path}", [m for i in range(3) for m in ((f"{i}.cls", b"1"), (f"{i}.json", b'{"a": 2}'),
+              (f"{i}.png", image(i)), (f"{i}.txt", b"a cat"))])  # fmt: skip
+    with pytest.raises(ConfigError, match=r"--label json: which field \(a\)\? Write --label json:FIELD"):
+        index_shards(url, Reading(label="json"))
+    for reading, count, example in (
+        (Reading(), 6, "0.json, 0.txt"), (Reading(label=".json:a"), 6, "0.cls, 0.txt"), (Reading(label="none"), 9, ""),
+    ):  # fmt: skip
+        caplog.clear()
+        index_shards(url, reading)
+        assert f"left out: {count} other members, such as 0.tar: {example}" in caplog.text
+        storage.delete(f"{url}/index.json")
 
 
 def test_links_below_a_set_are_followed_and_what_can_not_be_read_is_an_error(

@@ -130,7 +130,7 @@ def test_compressed_shards_are_named(tmp_path: Path, caplog: pytest.LogCaptureFi
     ("labels", "message"),
     [
         ([b"1", None], r"some samples have a label, others \(1 of 2\) don't; --label none"),
-        ([b"-1", b"-1"], r"0\.tar: 0: its label \(cls\) is '-1'; a class number .* --label none leaves labels out"),
+        ([b"-1", b"-1"], r"0\.tar: 0: its label \(cls\) is '-1'; a class number .* --label none takes no labels"),
         ([b"cat", b"7"], r"labels are names \(cat\) and numbers \(7\)"),
         ([b"", b"1"], r"its label \(cls\) is ''"),
         ([b"\xff", b"1"], r"its label \(cls\) is b'\\xff'"),
@@ -184,6 +184,25 @@ def test_names_in_one_shard_and_numbers_in_another(tmp_path: Path) -> None:
     labelled(url, [b"3", b"4"], "0.tar")
     labelled(url, [b"cat", b"dog"], "1.tar")
     with pytest.raises(ConfigError, match=r"labels are names in 1\.tar \(cat\), numbers in 0\.tar; --label none"):
+        index_shards(url)
+
+
+def test_labels_with_a_mark_at_their_start_or_white_space(tmp_path: Path) -> None:
+    url = labelled(f"file://{tmp_path}", [b"\xef\xbb\xbf1\r\n", b" 0 "])
+    assert index_shards(url).num_classes == 2
+    assert labels_of(url) == [1, 0]
+
+
+@pytest.mark.parametrize("label", [b"[0, 1]", b'{"a": 1}', b"a\nb", b"1\0", "1".encode("utf-16"), b""])
+def test_what_is_neither_number_nor_name(tmp_path: Path, label: bytes) -> None:
+    url = labelled(f"file://{tmp_path}", [label, b"0"])
+    with pytest.raises(DataError, match=r"its label \(cls\) is .*; a class number .* is wanted; --label none takes"):
+        index_shards(url)
+
+
+def test_names_that_look_the_same(tmp_path: Path) -> None:
+    url = labelled(f"file://{tmp_path}", ["\u00e9".encode(), "e\u0301".encode()])
+    with pytest.raises(ConfigError, match="look the same but aren't"):
         index_shards(url)
 
 

@@ -150,6 +150,8 @@ def test_idx_without_labels_says_so(tmp_path: Path) -> None:
         ([True, False, True], ([1, 0, 1], None)),
         (["b", "a", "nan"], ([1, 0, 2], ("a", "b", "nan"))),
         (["1_000", "x", "٣"], ([0, 1, 2], ("1_000", "x", "٣"))),
+        ([" 1\r\n", "\ufeff0", np.int64(2)], ([1, 0, 2], None)),
+        (["cat\n", "cat", "[other]"], ([1, 1, 0], ("[other]", "cat"))),
         ([], ([], None)),
     ],
 )
@@ -167,6 +169,9 @@ def test_numbers_in_text(values: list[object], expected: tuple[list[int], tuple[
         ([0, [1]], r"1: \[1\] is not a class"),
         ([2**31], "0: 2147483648 is not a class"),
         (["1e999"], "0: '1e999' is not a class"),
+        (["cat", "[0, 1]"], r"1: '\[0, 1\]' is not a class.*--labels none takes none"),
+        (["cat", '{"a": 1}'], "1: '{.*}' is not a class"),
+        (["a\nb"], "is not a class"),
         (["0", "1", "n/a"], "2: class 'n/a', but 0: class '0'; all are to be numbers, or all names"),
     ],
 )
@@ -182,8 +187,13 @@ def test_numbers_with_big_gaps_are_asked_about() -> None:
     assert number_classes(values, str, "renumber") == ([0, 2, 1, 0], ("5", "77", "3000"))
     assert number_classes(values, str, "keep") == (values, None)
     assert number_classes([6, 9, 2], str) == ([6, 9, 2], None)
-    with pytest.raises(DataError, match=r"150 different labels for 200 images .* are no classes; --labels none"):
+    with pytest.raises(ConfigError, match=r"150 different ones for 200 samples .* are no classes;.*--labels none"):
         number_classes([f"a photo of {i % 150}" for i in range(200)], str)
+
+
+def test_classes_that_look_the_same_are_asked_about() -> None:
+    with pytest.raises(ConfigError, match=r"look the same but aren't \('e\\u0301', '\\xe9'\)"):
+        number_classes(["\u00e9", "e\u0301", "f"], str)
 
 
 def test_classes_are_described_by_number_and_three_names() -> None:
@@ -206,12 +216,16 @@ def files(tmp_path: Path) -> Path:
         ("0.png,1.0\n1.png,10.0\n2.png,2.0\n", [1, 10, 2]),
         ("./0.png,cat\n1.png,dog\n2.png,cat\n", [0, 1, 0]),
         ("file,class\n0.png,0\n1.png,1\n2.png,0\nother.png,x\n", [0, 1, 0]),
+        ("\ufefffile,class\r\n.\\0.png,0\r\n1.png,1\r\n2.png, 0 \r\n", [0, 1, 0]),
         ("split,label,file\ntrain,cat,0.png\ntrain,dog,1.png\ntrain,cat,2.png\n", [0, 1, 0]),
         ("0.png,1\n1.png,1\n2.png,1\n0.png,1\n", [1, 1, 1]),
         ("0.png,1\n1.png,1\n2.png,1\n0.png,2\n", "0.png stands twice, with '1' and '2'"),
         ("0.png,train,1\n1.png,train,1\n2.png,train,1\n", "3 columns .* a first line is to name them"),
-        ("0.png,1\n1.png\n", "line 2 has 1 columns"),
-        ("0.png;1\n", "line 1 has 1 columns"),
+        ("0.png,1\n1.png\n", r"line 2 has 1 column \('1.png'\); each is file,class, with a comma between"),
+        ("0.png;1\n", "line 1 has 1 column"),
+        ("0.png\t1\n", "line 1 has 1 column"),
+        ("0,1\n1,2\n2,3\n", r"0\.png has no class there \(3 of 3 files have none\); it names 0"),
+        ('{"file_name": "0.png", "label": 0}\n', r"is JSON by its look: one object .* ends in \.json"),
         ("0.png,0\n1.png,n/a\n2.png,1\n", "all are to be numbers, or all names"),
         ('0.png,"0\n', "not a CSV"),
         ("", "it is empty"),
@@ -232,6 +246,7 @@ def test_csv(files: Path, text: str, expected: list[int] | str) -> None:
     [
         ('{"0.png": 1, "1.png": 1, "0.png": 2}', "0.png stands twice"),
         ('{"labels": [["0.png", 1], ["0.png", 2]]}', "0.png stands twice"),
+        ('{"0.png": 1, "./0.png": 2}', "0.png stands twice"),
         ('{"labels": null}', "its labels are null; --labels none"),
         ("[1]", "a list of"),
         ("7", "it is '7'"),
@@ -251,5 +266,7 @@ def test_lines_that_name_nothing_are_counted(files: Path) -> None:
     (files.parent / "l.csv").write_text("0.png,1\n1.png,1\n2.png,1\n3.png,1\n")
     source = opened("folder", files, labels=str(files.parent / "l.csv"))
     assert "1 of its lines name nothing that is taken" in source.notes[0]
+    (files.parent / "l.csv").write_text("file,label\n0.png,1\n1.png,1\n2.png,1\n")  # a head is no such line
+    assert "its lines" not in opened("folder", files, labels=str(files.parent / "l.csv")).notes[0]
     with pytest.raises(ConfigError, match="--labels x: cifar10 takes its labels from the input alone"):
         opened("cifar10", files, labels="x")

@@ -376,6 +376,54 @@ def test_a_webdataset_as_a_tar_of_files_does_not_lose_its_labels(tmp_path: Path)
     assert opened("tar", tmp_path / "a.tar", labels="none")[0].label is None
 
 
+def test_accents_in_one_character_or_in_two(tmp_path: Path) -> None:
+    """macOS has written names with two; a list of labels comes from elsewhere."""
+    one, two = "\u00e9", "e\u0301"
+    put_image(tmp_path / "in" / f"{two}.png")
+    for name in (one, two):
+        (tmp_path / "l.csv").write_text(f"{name}.png,3\n")
+        assert opened("folder", tmp_path / "in", labels=str(tmp_path / "l.csv"))[0].label == 3
+    for name in (one, two):
+        put_image(tmp_path / "classes" / name / "0.png")
+    with pytest.raises(
+        DataError, match=r"class folders .* look the same but aren't \('e\\u0301', '\\xe9'\); rename one"
+    ):
+        opened("folder", tmp_path / "classes")
+    for name in ("cat", "cat "):
+        put_image(tmp_path / "spaces" / name / "0.png")
+    with pytest.raises(DataError, match=r"\('cat', 'cat '\)"):
+        opened("folder", tmp_path / "spaces")
+
+
+def put_image(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(PNG)
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_paths_as_windows_writes_them(tmp_path: Path, kind: str) -> None:
+    members = [("cat\\0.png", PNG), ("dog\\1.png", PNG), ("..\\cat\\2.png", PNG)]
+    if kind == "tar":
+        (tmp_path / "a").write_bytes(tar_of(members))
+    else:
+        with zipfile.ZipFile(tmp_path / "a", "w") as archive:
+            for name, data in members:
+                archive.writestr(name, data)
+    source = opened(kind, tmp_path / "a", exclude=("../*",))
+    assert source.class_names == ("cat", "dog")
+    assert "1 by --include and --exclude (../cat/2.png)" in " ".join(source.notes)  # it is no hidden file
+
+
+def test_an_encrypted_zip_is_said(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("0.png", PNG)
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    data[data.find(b"PK\1\2") + 8] |= 1
+    (tmp_path / "a.zip").write_bytes(data)
+    with pytest.raises(DataError, match=r"a\.zip: 0\.png is encrypted; unpack it"):
+        opened("zip", tmp_path / "a.zip")
+
+
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/in/\xff.png")).write_bytes(PNG)

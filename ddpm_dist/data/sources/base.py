@@ -170,7 +170,8 @@ def reading(place: str, what: str) -> Iterator[None]:
             raise DataError(f"{place}: can't be read: {error.strerror}; {what} is expected there") from None
         raise DataError(f"{place}: not {what}: {error}") from None
     except Exception as error:
-        raise DataError(f"{place}: not {what}: {error or type(error).__name__}") from None
+        said = next(iter(str(error).splitlines()), "").rstrip(":") or type(error).__name__
+        raise DataError(f"{place}: not {what}: {said}") from None
 
 
 def check_fits(nbytes: int, place: str) -> None:

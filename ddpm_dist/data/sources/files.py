@@ -19,6 +19,10 @@ MAX_FILE_BYTES = 2**29
 """Larger files are no images that are decoded (decode.MAX_PIXELS), and a few kB of zip can hold gigabytes."""
 
 
+ENCRYPTED = 1
+"""Flag of a zip's member."""
+
+
 class FileSource:
     """Named files, in sorted order, and how to read one.
 
@@ -119,9 +123,11 @@ def zip_archive(path: str, choice: Choice) -> FileSource:
         members: dict[str, zipfile.ZipInfo] = {}
         links = []
         for info in archive.infolist():
-            name = info.filename.replace("\\", "/").removeprefix("./")  # some writers on Windows use \
+            name = _tidy(info.filename)
             if info.is_dir() or name.endswith("/"):
                 continue
+            if info.flag_bits & ENCRYPTED:
+                raise DataError(f"{path}: {shown(name)} is encrypted; unpack it, and make a set of the folder")
             if (info.external_attr >> 16) & 0o170000 == 0o120000:
                 links.append(name)
                 continue
@@ -131,11 +137,14 @@ def zip_archive(path: str, choice: Choice) -> FileSource:
 
     def read(name: str) -> bytes:
         if members[name].file_size > MAX_FILE_BYTES:
-            raise BadSampleError("too_large", f"{members[name].file_size} bytes, at most {MAX_FILE_BYTES} are unpacked")
+            raise BadSampleError(
+                "too_large",
+                f"{path}: {name} has {members[name].file_size} bytes; at most {MAX_FILE_BYTES} are unpacked",
+            )
         try:
             return archive.read(members[name])
         except Exception as error:  # zlib, lzma and zipfile each have their own
-            raise BadSampleError("corrupt", f"{path}: {error or type(error).__name__}") from None
+            raise BadSampleError("corrupt", f"{path}: {name}: {error or type(error).__name__}") from None
 
     stamps = {name: f"{info.file_size} {info.CRC}" for name, info in members.items()}
     notes = [f"left out: {len(links)} links ({links[0]})"] if links else []
@@ -148,10 +157,10 @@ def tar_archive(path: str, choice: Choice) -> FileSource:
     where: dict[str, tuple[int, int]] = {}
     others: dict[str, list[str]] = {}
     for member in tar.files(file, file.seek(0, os.SEEK_END), path):
-        name = member.path.removeprefix("./")
+        name = _tidy(member.path)
         place = (member.offset, member.size)
         if member.kind == "hard link":
-            target = where.get(member.target.removeprefix("./"))
+            target = where.get(_tidy(member.target))
             if target is None:
                 raise DataError(f"{path}: {name} is a link to {member.target!r}, which is no file before it")
             place = target
@@ -165,7 +174,9 @@ def tar_archive(path: str, choice: Choice) -> FileSource:
     def read(name: str) -> bytes:
         start, size = where[name]
         if size > MAX_FILE_BYTES:
-            raise BadSampleError("too_large", f"{size} bytes, at most {MAX_FILE_BYTES} are read")
+            raise BadSampleError(
+                "too_large", f"{path}: {shown(name)} has {size} bytes; at most {MAX_FILE_BYTES} are read"
+            )
         with lock:
             file.seek(start)
             data = file.read(size)
@@ -175,3 +186,8 @@ def tar_archive(path: str, choice: Choice) -> FileSource:
 
     notes = [f"left out: {len(names)} of kind {kind} ({names[0]})" for kind, names in others.items()]
     return FileSource({name: f"{size}" for name, (_, size) in where.items()}, read, choice, path, notes)
+
+
+def _tidy(name: str) -> str:
+    """A member's path; some writers on Windows use \\."""
+    return name.replace("\\", "/").removeprefix("./")

@@ -1,5 +1,6 @@
 """Class labels: from folders, from a CSV or JSON file, from whatever values an input has for its images."""
 
+import codecs
 import csv
 import io
 import json
@@ -9,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_dist.data.reading import Reading, sparse_numbers
+from ddpm_dist.data.classes import check_names, class_value, composed, look_alikes, sparse_numbers
 from ddpm_dist.data.sources.base import open_input, reading, shown
 from ddpm_dist.errors import DataError
+from ddpm_dist.progress import counted
 
 Labels = tuple[list[int] | None, tuple[str, ...] | None]
 """(class of each file, names of the classes)."""
@@ -19,15 +21,13 @@ Labels = tuple[list[int] | None, tuple[str, ...] | None]
 NONE, FOLDERS = "none", "folders"
 FILE_COLUMNS = ("file", "filename", "file_name", "image", "path", "name")
 CLASS_COLUMNS = ("class", "label")
-MAX_CLASS = 2**31 - 1
-_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]{1,3})?")
 
 
 def number_classes(values: Sequence[object], where: Callable[[int], str], sparse: str | None = None) -> Labels:
     """Class numbers (also as text, also 3.0) stay as they are; class names are numbered in sorted order.
 
     where: says where value i stands, for the DataError about one that is neither, or about numbers among names.
-    sparse: what numbers with big gaps are, as for sets that are indexed (`Reading.sparse`).
+    sparse: what numbers with big gaps are (one of `classes.SPARSE`).
     """
     parsed: dict[object, int | str] = {}
     first: dict[type, int] = {}
@@ -46,35 +46,24 @@ def number_classes(values: Sequence[object], where: Callable[[int], str], sparse
     classes = [parsed[(type(value), value)] for value in values]
     if int in first or not first:
         numbers = [int(number) for number in classes]
-        names = sparse_numbers(numbers, Reading(sparse=sparse))
+        names = sparse_numbers(numbers, sparse)
         if names is None:
             return numbers, None
         place = {number: i for i, number in enumerate(names)}
         return [place[number] for number in numbers], tuple(map(str, names))
     known = tuple(sorted({str(name) for name in classes}))
-    if len(known) > 100 and 2 * len(known) > len(classes):
-        raise DataError(
-            f"{where(0)}: {len(known)} different labels for {len(classes)} images ({known[0]!r:.40}, …) are no "
-            f"classes; --labels none leaves them out"
-        )
+    check_names(known, len(classes))
     by_name = {name: number for number, name in enumerate(known)}
     return [by_name[str(name)] for name in classes], known
 
 
 def _class_of(value: object, place: str) -> int | str:
-    """A class's number, or its name."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, str) and value and not _NUMBER.fullmatch(value):
-        return value
-    wanted = "a number (0, 1, …) or a name is wanted"
-    if isinstance(value, (bool, int, float, str)) and value != "":
-        number = float(value)
-        if not number.is_integer() or not 0 <= number <= MAX_CLASS:
-            remedy = "; where −1 stands for no label, --labels none drops them" if number == -1 else ""
-            raise DataError(f"{place}: {value!r} is not a class; {wanted}{remedy}")
-        return int(number)
-    raise DataError(f"{place}: {value!r:.60} is not a class; {wanted}")
+    """A class's number, or its name; a column of true and false is one of 1 and 0."""
+    found = class_value(int(value) if isinstance(value, bool) else value)
+    if found is None:
+        remedy = "where −1 stands for no label, --labels none drops them" if value == -1 else "--labels none takes none"
+        raise DataError(f"{place}: {value!r:.60} is not a class; a number (0, 1, …) or a name is wanted; {remedy}")
+    return found
 
 
 def number_folders(names: Iterable[str]) -> tuple[dict[str, int], tuple[str, ...] | None]:
@@ -89,6 +78,11 @@ def number_folders(names: Iterable[str]) -> tuple[dict[str, int], tuple[str, ...
     if any(shown(name) != name for name in ordered):
         bad = next(name for name in ordered if shown(name) != name)
         raise DataError(f"class folder {shown(bad)}: its name is not UTF-8; rename it, or give --labels FILE or none")
+    if twins := look_alikes(ordered):
+        raise DataError(
+            f"class folders {twins[0]} and {twins[1]} look the same but aren't ({twins[0]!a}, {twins[1]!a}); "
+            f"rename one, or give --labels FILE or none"
+        )
     return {name: number for number, name in enumerate(ordered)}, tuple(ordered)
 
 
@@ -103,11 +97,16 @@ def describe_classes(labels: Iterable[int], class_names: Sequence[str] | None) -
 
 
 def from_mapping(names: Sequence[str], classes: Mapping[str, object], place: str, sparse: str | None) -> Labels:
-    """Classes of files by {file: class}; DataError for a file that isn't there."""
-    missing = next((name for name in names if name not in classes), None)
-    if missing is not None:
-        raise DataError(f"{place}: {shown(missing)} has no class there (of {len(names)} files)")
-    return number_classes([classes[name] for name in names], lambda i: f"{place}: {shown(names[i])}", sparse)
+    """Classes of files by {file: class}, its names composed; DataError for a file that isn't there."""
+    missing = [name for name in names if composed(name) not in classes]
+    if missing:
+        taken = set(names)
+        example = next((f"; it names {name}" for name in classes if name not in taken), "")
+        raise DataError(
+            f"{place}: {shown(missing[0])} has no class there ({len(missing)} of {len(names)} files have none){example}"
+        )
+    values = [classes[composed(name)] for name in names]
+    return number_classes(values, lambda i: f"{place}: {shown(names[i])}", sparse)
 
 
 def read_labels(path: str) -> dict[str, object]:
@@ -120,6 +119,11 @@ def read_labels(path: str) -> dict[str, object]:
         if found is None:
             raise DataError(f"{place}: its labels are null; --labels none says that there are none")
         return found
+    if data.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"{":
+        raise DataError(
+            f"{place}: is JSON by its look: one object {{file: class}} is read from a file that ends in .json, several "
+            f"lines of JSON aren't; a CSV with file,class is"
+        )
     return _parse_csv(data, place)
 
 
@@ -136,7 +140,7 @@ def parse_json(data: bytes, place: str) -> dict[str, object] | None:
             pairs = _once([tuple(pair) for pair in pairs], place)
         if not isinstance(pairs, dict):
             raise ValueError(f"it is {str(pairs)[:40]!r}")
-        return {_tidy(name): value for name, value in pairs.items()}
+        return _once([(_tidy(name), value) for name, value in pairs.items()], place)
 
 
 def _parse_csv(data: bytes, place: str) -> dict[str, object]:
@@ -159,8 +163,13 @@ def _parse_csv(data: bytes, place: str) -> dict[str, object]:
         columns = (found[0], found[1])  # type: ignore[assignment]
     for number, row in rows:
         if len(row) != len(head) or len(row) < 2:
-            raise DataError(f"{place}: line {number} has {len(row)} columns; each line is file,class")
-    # A first line that names the columns is no file of the input, so it does no harm.
+            line = ",".join(row)
+            raise DataError(
+                f"{place}: line {number} has {counted(len(row), 'column')} ({line!r:.40}); each is file,class, with a "
+                f"comma between"
+            )
+    if head[columns[0]] in FILE_COLUMNS and head[columns[1]] in CLASS_COLUMNS:
+        rows = rows[1:]  # any other first line is no file of the input, so it does no harm
     return _once([(_tidy(row[columns[0]]), row[columns[1]]) for _, row in rows], place)
 
 
@@ -175,4 +184,4 @@ def _once(pairs: Iterable[tuple[Any, Any]], place: str) -> dict[Any, Any]:
 
 
 def _tidy(name: str) -> str:
-    return name.replace("\\", "/").removeprefix("./").lstrip("/")
+    return composed(name.replace("\\", "/").removeprefix("./").lstrip("/"))

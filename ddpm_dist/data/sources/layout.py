@@ -41,7 +41,7 @@ def is_image(name: str) -> bool:
 
 
 def is_leftover(name: str) -> bool:
-    return any(part.startswith(".") or part in LEFTOVERS for part in PurePosixPath(name).parts)
+    return any((part.startswith(".") and part != "..") or part in LEFTOVERS for part in PurePosixPath(name).parts)
 
 
 def left_out(names: Iterable[str], choice: Choice) -> str | None:

@@ -161,6 +161,8 @@ def _files_at(place: str, choice: Choice, notes: list[str]) -> list[tuple[str, s
         every = {name: storage.join(place, name) for name in storage.list_objects(place)}
     else:
         root = existing(place, "a folder of .parquet files")
+        if root.is_file():
+            return [(root.name, place)]
         every = {name: str(root / name) for name, _ in files_below(root, is_parquet, notes)}
     names = sorted(filter(is_parquet, every), key=every.__getitem__)
     taken = [name for name in names if choice.takes(name)]

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from pathlib import Path
 
 from ddpm_dist.data.fetch import ShardReader
-from ddpm_dist.data.index import NO_LABEL, load_index
+from ddpm_dist.data.index import KEYS, LEFT_OUT, LYING, NO_LABEL, load_index
 from ddpm_dist.data.sources.base import Item, existing, normal, reading
 from ddpm_dist.errors import DataError
 
@@ -106,7 +106,7 @@ class Indexed:
         self.run = 1
         self.class_names = index.schema.class_names
         self.notes: tuple[str, ...] = (f"{index.num_classes} classes" if index.num_classes else "no labels",)
-        self.about = {key: str(value) for key, value in index.about.items()}
+        self.about = {key: str(value) for key, value in index.about.items() if key not in (LEFT_OUT, KEYS, LYING)}
 
     def __len__(self) -> int:
         return self._starts[-1]
