@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from ddpm_dist import cli
+from ddpm_dist import cli, storage
 from ddpm_dist.config import ClusterConfig
 from ddpm_dist.data import SOURCES, Reading, SourceOptions
 from ddpm_dist.data.build import Made, Plan, ShardMaker, build, make_plan, run_in_processes
@@ -33,7 +33,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("kind", choices=list(SOURCES), help="what the input is")
     parser.add_argument("inputs", nargs="*", metavar="INPUT", help="files, folders or URLs of the input")
-    parser.add_argument("url", type=cli.url, metavar="URL", help="folder of the new data set, such as s3://bucket/name")
+    parser.add_argument("url", metavar="URL", help="folder of the new data set, such as s3://bucket/name")
     parser.add_argument(
         "--split",
         metavar="PART",
@@ -130,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.sparse_labels,
         args.index,
     )
+    storage.check_access(args.url)  # before an input is read, which can take minutes
     plan = make_plan(
         args.kind,
         options,

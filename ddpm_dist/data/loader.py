@@ -177,6 +177,7 @@ def open_urls(
     at = _folders_of_indexes(urls, indexes)
     names = {url: "data.index" if url in at else "data.url" for url in urls}
     found = [(load_index(url, names[url], at.get(url)), weight) for url, weight in urls.items()]
+    _refuse_the_same([index for index, _ in found])
     excluded = set(exclude_shards)
     unknown = excluded - {shard.name for index, _ in found for shard in index.shards}
     if unknown:
@@ -189,6 +190,18 @@ def open_urls(
         )
     found.sort(key=lambda pair: pair[0].content_id)
     return [index for index, _ in found], [weight for _, weight in found]
+
+
+def _refuse_the_same(indexes: Iterable[DataIndex]) -> None:
+    """ConfigError for a set that is named twice, under another URL or another spelling of it."""
+    seen: dict[str, str] = {}
+    for index in indexes:
+        other = seen.setdefault(index.content_id, index.url)
+        if other != index.url:
+            raise ConfigError(
+                f"data.url: {storage.redact(other)} and {storage.redact(index.url)} hold the same shards; name the set "
+                f"once, with the weight that it is to have"
+            )
 
 
 def _folders_of_indexes(urls: Mapping[str, float], indexes: str | Mapping[str, str] | None) -> Mapping[str, str]:

@@ -191,9 +191,17 @@ def share_of(rank: int, world: int, places: int) -> tuple[int, int]:
 
 
 def split_by_weight(places: int, weights: Sequence[float]) -> list[int]:
-    """Places of each set in a batch: proportional, at least 1 each, and `places` together (largest remainder)."""
-    total = sum(weights)
+    """Places of each set in a batch: proportional, at least 1 each, and `places` together (largest remainder).
+
+    ConfigError for a weight of less than half a place: rounded up, it would be another one altogether.
+    """
+    total, smallest = sum(weights), min(weights)
     exact = [places * weight / total for weight in weights]
+    if 2 * min(exact) < 1:
+        raise ConfigError(
+            f"data.url: the weight {smallest:g} of {total:g} is {min(exact):.2g} places in a batch of {places}; use a "
+            f"train.global_batch of {math.ceil(total / smallest / 2)} or more, or a larger weight"
+        )
     split = [max(1, math.floor(x)) for x in exact]
     for i in sorted(range(len(weights)), key=lambda i: (split[i] - exact[i], i))[: max(0, places - sum(split))]:
         split[i] += 1

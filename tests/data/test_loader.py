@@ -119,6 +119,18 @@ def test_mixing_is_the_same_at_any_world_size(tmp_path: Path) -> None:
     assert weights != Loader(config(urls), 0, 1).content_id
 
 
+def test_a_set_under_two_urls_is_refused(tmp_path: Path) -> None:
+    """By content: another spelling, or a copy."""
+    url = f"file://{tmp_path}/a"
+    write_set(url, [30])
+    write_set(f"file://{tmp_path}/b", [30])
+    for other in (f"{url}/", f"file://{tmp_path}/b"):
+        with pytest.raises(
+            ConfigError, match=r"data\.url: file:.*/a and file:.* hold the same shards; name the set once"
+        ):
+            Loader(config({url: 1.0, other: 2.0}), 0, 1)
+
+
 def test_excluded_shards_make_a_new_content_id(tmp_path: Path) -> None:
     url = f"file://{tmp_path}"
     write_set(url, COUNTS)

@@ -201,12 +201,20 @@ def test_split_by_weight_is_near_the_weights(places: int, weights: list[float]) 
     try:
         split = split_by_weight(places, weights)
     except ConfigError:
-        assert min(weights) / sum(weights) * places < 1
+        assert min(weights) / sum(weights) * places < 1  # less than half a place, or none is left for it
         return
     assert sum(split) == places
     for n, weight in zip(split, weights, strict=True):
         assert n == max(1, n)
         assert abs(n - places * weight / sum(weights)) < 1
+        assert n <= 2 * places * weight / sum(weights) + 1e-9
+
+
+def test_a_weight_that_would_become_another_is_refused() -> None:
+    message = r"the weight 0\.001 of 1\.001 is 0\.024 places in a batch of 24; use a train\.global_batch of 501 or more"
+    with pytest.raises(ConfigError, match=message):
+        split_by_weight(24, [1.0, 0.001])
+    assert split_by_weight(501, [1.0, 0.001]) == [500, 1]
 
 
 def test_a_set_smaller_than_a_batch_is_refused() -> None:

@@ -232,7 +232,7 @@ def test_bombs_are_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         for _ in range(8):
             member.write(bytes(2**20))
     source = open_source("zip", SourceOptions((str(place),)))
-    with pytest.raises(BadSampleError, match="8388608 bytes, at most 4194304"):
+    with pytest.raises(BadSampleError, match="8388608 bytes; at most 4194304"):
         source[0]
     data = place.read_bytes().replace(struct.pack("<I", 8 * 2**20), struct.pack("<I", 99))
     place.write_bytes(data)
