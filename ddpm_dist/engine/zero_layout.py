@@ -11,7 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ddpm_dist.engine import flat
 from ddpm_dist.engine.pieces import Piece, shares
+from ddpm_dist.engine.start import MAX_BUCKET_ELEMENTS
 from ddpm_dist.engine.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -84,20 +86,21 @@ class _Flat:
     def __init__(self, ds: Any, adam: torch.optim.Optimizer, world: World) -> None:
         self._ds, self._adam = ds, adam
         optimizer = ds.optimizer
-        if hasattr(optimizer, "has_overflow_partitioned_grads_serial") and not optimizer.cpu_offload:
-            # It would look at each gradient by itself (13 operations each); the norm, right after, decides the same.
-            optimizer.check_overflow = lambda partition_gradients=True: setattr(optimizer, "overflow", False)
+        if hasattr(optimizer, "fp32_groups_gradients_flat"):
+            flat.shorten_bf16(optimizer, MAX_BUCKET_ELEMENTS)
+        elif not optimizer.cpu_offload:
+            flat.shorten_zero(optimizer, MAX_BUCKET_ELEMENTS)
 
     def pieces(self) -> list[Piece]:
-        (flat,) = self._adam.param_groups[0]["params"]
-        state = _prepare_state(self._adam, flat)
+        (master,) = self._adam.param_groups[0]["params"]
+        state = _prepare_state(self._adam, master)
         found = []
         for name, parameter in self._ds.module.named_parameters():
             mapping = getattr(parameter, "_hp_mapping", None)
             if mapping is None:
                 continue  # owned by others
             at = mapping.hp_fragment_address
-            views = [tensor.detach().narrow(0, at.start, at.numel) for tensor in (flat, *(state[k] for k in MOMENTS))]
+            views = [tensor.detach().narrow(0, at.start, at.numel) for tensor in (master, *(state[k] for k in MOMENTS))]
             found.append(Piece(name, parameter.shape, mapping.lp_fragment_address.start, *views))
         return found
 
@@ -121,8 +124,8 @@ class _Partitioned:
 
     def pieces(self) -> list[Piece]:
         optimizer = self._ds.optimizer
-        for flat in optimizer.fp32_partitioned_groups_flat:
-            _prepare_state(self._adam, flat)
+        for master in optimizer.fp32_partitioned_groups_flat:
+            _prepare_state(self._adam, master)
         found = []
         for name, parameter in self._ds.module.named_parameters():
             offset = self._world.rank * parameter.partition_numel()
@@ -130,9 +133,9 @@ class _Partitioned:
             if numel <= 0:
                 continue
             group, start, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            flat = optimizer.fp32_partitioned_groups_flat[group]
-            state = self._adam.state[flat]
-            views = [tensor.detach().narrow(0, start, numel) for tensor in (flat, *(state[k] for k in MOMENTS))]
+            master = optimizer.fp32_partitioned_groups_flat[group]
+            state = self._adam.state[master]
+            views = [tensor.detach().narrow(0, start, numel) for tensor in (master, *(state[k] for k in MOMENTS))]
             found.append(Piece(name, parameter.ds_shape, offset, *views))
         return found
 
