@@ -47,6 +47,8 @@ EXTRAS = {
     # For diffusers' training example. Other peers of tools/bench (mosaicml-streaming, litdata, lucidrains'
     # library) don't install beside ours: the tools say how to make an environment for them.
     "bench": ["accelerate>=1.15"],
+    # Our kernels for GPUs; torch for CUDA brings it. On a CPU it is enough for their tests (an interpreter).
+    "gpu": ["triton>=3.6"],
     "dev": ["ruff>=0.17", "mypy>=2.4", "types-PyYAML", "py-spy", "build>=1.3"],
     # Not beside the others: with torch-fidelity but without a working torchvision, torchmetrics doesn't import.
     "fid": ["torchvision>=0.28,<0.29", "torch-fidelity>=0.4"],

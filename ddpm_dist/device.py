@@ -12,6 +12,7 @@ import shutil
 import socket
 import sysconfig
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ def set_up(device: torch.device, cluster: ClusterConfig) -> None:
 
     On a CPU: the number of threads, and GPUs are hidden from libraries that look for themselves. On CUDA: whether the
     same call gives the same bits each time (cluster.deterministic), the precision of float32 products (cluster.tf32),
-    and the memory that this process may take: its fraction, or all, once a killed predecessor has let go of it.
+    whether our own kernels compute (cluster.fused_kernels), and the memory that this process may take: its fraction, or
+    all, once a killed predecessor has let go of it.
     """
     os.environ["DS_ACCELERATOR"] = device.type  # DeepSpeed settles on one when it is imported
     if device.type == "cpu":
@@ -80,6 +82,10 @@ def set_up(device: torch.device, cluster: ClusterConfig) -> None:
     torch.backends.cudnn.benchmark = False  # its choice of kernels would differ from process to process
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cluster.tf32
     torch.cuda.set_device(device)
+    missing = why_no_triton() if cluster.fused_kernels else None
+    _own["kernels"] = cluster.fused_kernels and missing is None
+    if missing is not None:
+        log.warning("noise and group norms take torch's many kernels (cluster.fused_kernels): %s", missing)
     if cluster.gpus_per_worker < 1:
         torch.cuda.set_per_process_memory_fraction(cluster.gpus_per_worker, device)
     else:
@@ -141,7 +147,14 @@ def fingerprint(device: torch.device) -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "tf32": torch.backends.cudnn.allow_tf32,
+        "kernels": f"triton {version('triton')}" if fused(device) else "torch",
     }
+
+
+def fused(device: torch.device) -> bool:
+    """Whether normal numbers and group norms are computed by the kernels of `ddpm_dist.kernels`: on CUDA, where Triton
+    works and cluster.fused_kernels isn't off. Elsewhere it is torch's operations, one after the other."""
+    return device.type == "cuda" and _own["kernels"]
 
 
 def name(device: torch.device) -> str:
@@ -172,3 +185,7 @@ def _why_none() -> str:
         return f"no GPU (torch {torch.__version__} is a build for CPUs)"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return "no GPU" + (f" (CUDA_VISIBLE_DEVICES={visible!r} in its environment)" if visible is not None else "")
+
+
+_own = {"kernels": torch.version.cuda is not None and why_no_triton() is None}
+"""Until `set_up` decides: whoever takes the network or the generator alone gets what works here."""

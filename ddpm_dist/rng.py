@@ -4,6 +4,9 @@ The generator is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as
 Its 128-bit counter is (block within the sample, index low, index high, purpose << 24 | step) and its
 64-bit key is the seed. So the numbers of sample `i` are the same bytes in a batch of 1 and of 7, on any
 rank, after any restart; no generator state exists that could be saved or lost.
+
+On a GPU each call is one kernel (`kernels/noise.py`), elsewhere a hundred small operations: `device.fused` decides.
+Words are the same bits on all devices; normals within one unit in the last place, nearly all the same bits.
 """
 
 import math
@@ -12,6 +15,8 @@ from enum import IntEnum
 
 import torch
 from torch import Tensor
+
+from ddpm_dist import device as devices, kernels
 
 MASK32 = 0xFFFFFFFF
 MAX_STEP = (1 << 24) - 1
@@ -43,16 +48,15 @@ def philox(seed: int, purpose: int, indices: Tensor, words: int, step: int = 0) 
     seed: 0 ≤ seed < 2⁶⁴. purpose: 0..255. step: 0..2²⁴−1. indices: [B] int64, each ≥ 0.
     Returns [B, 4·⌈words/4⌉] int64 with values in [0, 2³²), on the device of `indices`.
     """
-    if not 0 <= step <= MAX_STEP:
-        raise ValueError(f"step is {step}; the counter has room for 0..{MAX_STEP}")
-    if not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed is {seed}; it must lie in 0..2^64-1")
-    blocks = -(-words // 4)
+    top, blocks = _top(seed, purpose, step), -(-words // 4)
+    if devices.fused(indices.device):
+        found: Tensor = torch.ops.ddpm_dist.words(indices, _signed(seed), top, 4 * blocks)
+        return found
     shape, device = (indices.numel(), blocks), indices.device
     c0 = torch.arange(blocks, device=device).repeat(indices.numel(), 1)
     c1 = (indices & MASK32)[:, None].repeat(1, blocks)
     c2 = ((indices >> 32) & MASK32)[:, None].repeat(1, blocks)
-    c3 = torch.full(shape, int(purpose) << 24 | step, device=device)
+    c3 = torch.full(shape, top, device=device)
     p0, p1 = torch.empty_like(c0), torch.empty_like(c0)
     k0, k1 = seed & MASK32, seed >> 32
     for _ in range(ROUNDS):
@@ -96,7 +100,10 @@ def normal(
     their float64 log and cos do.
     """
     indices = indices.to(device) if device is not None else indices
-    n = math.prod(shape)
+    n, top = math.prod(shape), _top(seed, purpose, step)
+    if devices.fused(indices.device):
+        found: Tensor = torch.ops.ddpm_dist.normal(indices, _signed(seed), top, n)
+        return found.reshape(indices.numel(), *shape)
     out = torch.empty(indices.numel(), n, device=indices.device)
     # On a CPU a few rows at a time, so that what is between stays in its caches; rows don't know of each other.
     rows = indices.numel() if indices.device.type != "cpu" else max(1, CACHED_NUMBERS // max(n, 1))
@@ -113,6 +120,48 @@ def _box_muller(words: Tensor, out: Tensor) -> None:
     angle = words[:, pairs : 2 * pairs].double().mul_(2.0 * math.pi * 2.0**-32)
     out[:, :pairs] = radius * angle.cos()
     out[:, pairs:] = (radius.mul_(angle.sin_()))[:, : n - pairs]
+
+
+def _top(seed: int, purpose: int, step: int) -> int:
+    """The highest word of the counter; ValueError for a step or seed that the generator has no room for."""
+    if not 0 <= step <= MAX_STEP:
+        raise ValueError(f"step is {step}; the counter has room for 0..{MAX_STEP}")
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed is {seed}; it must lie in 0..2^64-1")
+    return int(purpose) << 24 | step
+
+
+def _signed(seed: int) -> int:
+    """The same 64 bits as the int64 that an operator takes."""
+    return seed - (seed >> 63 << 64)
+
+
+torch.library.define("ddpm_dist::words", "(Tensor indices, int seed, int top, int number) -> Tensor")
+torch.library.define("ddpm_dist::normal", "(Tensor indices, int seed, int top, int number) -> Tensor")
+
+
+def _fused_words(indices: Tensor, seed: int, top: int, number: int) -> Tensor:
+    return kernels.words(indices, seed % (1 << 64), top, number)
+
+
+torch.library.impl("ddpm_dist::words", "cuda", _fused_words)
+
+
+def _fused_normal(indices: Tensor, seed: int, top: int, number: int) -> Tensor:
+    return kernels.normal(indices, seed % (1 << 64), top, number)
+
+
+torch.library.impl("ddpm_dist::normal", "cuda", _fused_normal)
+
+
+@torch.library.register_fake("ddpm_dist::words")
+def _words_like(indices: Tensor, seed: int, top: int, number: int) -> Tensor:
+    return indices.new_empty(indices.numel(), number)
+
+
+@torch.library.register_fake("ddpm_dist::normal")
+def _normals_like(indices: Tensor, seed: int, top: int, number: int) -> Tensor:
+    return indices.new_empty(indices.numel(), number, dtype=torch.float32)
 
 
 def integers(

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS: list[tuple[str, ...]] = [
     ("packages", "lazy", "config", "configs", "recipe", "cli", "errors", "interrupt"),
-    ("storage", "rng", "device", "allocator", "temporary", "progress"),
+    ("storage", "kernels", "rng", "device", "allocator", "temporary", "progress"),
     ("data", "diffusion", "models"),
     ("engine", "snapshot"),
     ("state", "cluster"),
@@ -41,6 +41,7 @@ PLACES = {
     "s3fs": ["ddpm_dist/storage/"],
     "aiobotocore": ["ddpm_dist/storage/"],
     "botocore": ["ddpm_dist/storage/", "tools/local/s3_server.py"],
+    "triton": ["ddpm_dist/kernels/"],
     "tensorboard": ["ddpm_dist/training/events.py"],
     "torch.utils.tensorboard": ["ddpm_dist/training/events.py"],
 }

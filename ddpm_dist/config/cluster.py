@@ -20,6 +20,8 @@ class ClusterConfig(Section):
     tf32: Free[bool] = False
     """On a GPU: float32 products and convolutions with 10 bits of mantissa, as torch's own default is for convolutions.
     Faster; on the CPU, and in bf16 and fp16, without effect."""
+    fused_kernels: Free[bool] = True
+    """On a GPU: noise and group norms by our own kernels, where Triton works; false: by torch's, which are more."""
     max_failures: Free[Annotated[int, Field(ge=-1)]] = 10
     """Attempts that may fail before the run is given up; -1: no limit."""
     wait_seconds: Free[Annotated[float, Field(gt=0)]] = 60

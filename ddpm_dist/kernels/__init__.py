@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from ddpm_dist.lazy import lazily
 
 if TYPE_CHECKING:
-    from ddpm_dist.kernels.normalisation import group_norm as group_norm, group_norm_backward as group_norm_backward
     from ddpm_dist.kernels.noise import normal as normal, words as words
+    from ddpm_dist.kernels.normalisation import group_norm as group_norm, group_norm_backward as group_norm_backward
 
 __all__, _asked = lazily(__name__, normalisation="group_norm group_norm_backward", noise="normal words")
 if not TYPE_CHECKING:

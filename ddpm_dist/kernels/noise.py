@@ -1,8 +1,8 @@
 """Philox4x32-10 and Box and Muller's normal numbers, one kernel each, of the words that `rng.py` defines.
 
 Words are those of the CPU, bit for bit. Normal numbers are computed in float64 by the same sequence of operations, and
-rounded once; the device's float64 logarithm, sine and cosine (libdevice) and the CPU's may differ by some of their last
-bits, so that about one normal in 10⁸ may round to the neighbouring float32: all agree within one unit in the last place.
+rounded once. The device's logarithm, sine and cosine (libdevice) and the CPU's may differ in their last bits, which
+about one normal in 10⁸ shows: it rounds to the neighbouring float32. So all agree within one unit in the last place.
 """
 
 import math

@@ -5,14 +5,13 @@ what ZeRO-3 asks for: it gathers a module's parameters when its forward begins.
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ddpm_dist.models.arithmetic import Conv2d, Linear, UpsamplingConv2d, attention
+from ddpm_dist.models.norms import GroupNorm, GroupNormSiLU as GroupNormSiLU
 
 
 def timestep_embedding(t: Tensor, channels: int, flip_sin_to_cos: bool = False, freq_shift: int = 1) -> Tensor:
@@ -65,57 +64,6 @@ class Upsample(nn.Module):
         return self.conv(x)
 
 
-class GroupNormSiLU(nn.GroupNorm):
-    """GroupNorm, then SiLU. Autograd keeps the input alone: the normalised tensor, a third of what the network's
-    backward pass would hold otherwise, is computed again in it, which costs about 1 % of a training step.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, ...] to the same shape."""
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # compilers fuse and recompute by themselves
-            return _GroupNormSiLU.apply(x, self.num_groups, self.weight, self.bias, self.eps)
-        return F.silu(super().forward(x))
-
-
-class _GroupNormSiLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        normalised, mean, rstd = _normalise(x, groups, weight, bias, eps)
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
-        ctx.groups, ctx.eps = groups, eps
-        return F.silu(normalised)
-
-    @staticmethod
-    @once_differentiable  # kernels without derivatives of their own
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        x = _dense(x)
-        normalised = _normalise(x, ctx.groups, weight, bias, ctx.eps)[0]
-        gradient = torch.ops.aten.silu_backward(grads[0], normalised)
-        found = torch.ops.aten.native_group_norm_backward(
-            _dense(gradient), x, mean, rstd, weight, *_extent(x), ctx.groups, [True, True, True]
-        )
-        return found[0], None, found[1], found[2], None
-
-
-def _normalise(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """GroupNorm of [B, C, H, W], and the mean and 1/σ of each of the B·groups groups."""
-    x = _dense(x)
-    found: tuple[Tensor, Tensor, Tensor] = torch.native_group_norm(x, weight, bias, *_extent(x), groups, eps)
-    return found
-
-
-def _dense(x: Tensor) -> Tensor:
-    """In the layout that F.group_norm gives to its kernel: channels last stays on a CPU alone."""
-    channels_last = x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last)
-    return x if channels_last else x.contiguous()
-
-
-def _extent(x: Tensor) -> tuple[int, int, int]:
-    """(B, C, H·W)."""
-    return x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
-
-
 class ResnetBlock(nn.Module):
     """GN → SiLU → conv → + temb → GN → SiLU → dropout → conv → + shortcut.
 
@@ -135,14 +83,11 @@ class ResnetBlock(nn.Module):
         resample: str | None = None,
     ) -> None:
         super().__init__()
-        self.scale_shift = scale_shift
         self.resample = resample
         self.norm1 = GroupNormSiLU(groups, in_channels, eps)
         self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = Linear(temb_channels, 2 * out_channels if scale_shift else out_channels)
-        self.norm2 = (
-            nn.GroupNorm(groups, out_channels, eps) if scale_shift else GroupNormSiLU(groups, out_channels, eps)
-        )
+        self.norm2 = GroupNormSiLU(groups, out_channels, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
@@ -152,13 +97,7 @@ class ResnetBlock(nn.Module):
         h = self.norm1(x)
         if self.resample:
             h, x = _resample(h, self.resample), _resample(x, self.resample)
-        h = self.conv1(h)
-        embedding = self.time_emb_proj(temb)[:, :, None, None]
-        if self.scale_shift:
-            scale, shift = embedding.chunk(2, dim=1)
-            h = F.silu(self.norm2(h) * (1 + scale) + shift)
-        else:
-            h = self.norm2(h.add_(embedding))
+        h = self.norm2(self.conv1(h), self.time_emb_proj(temb))
         h = self.conv2(self.dropout(h))
         return h.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
 
@@ -173,7 +112,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int, head_channels: int, groups: int | None, eps: float) -> None:
         super().__init__()
         self.head_channels = head_channels
-        self.group_norm = None if groups is None else nn.GroupNorm(groups, channels, eps)
+        self.group_norm = None if groups is None else GroupNorm(groups, channels, eps)
         self.to_q = Linear(channels, channels)
         self.to_k = Linear(channels, channels)
         self.to_v = Linear(channels, channels)

@@ -1,7 +1,8 @@
 """How many operations a training step starts: on a GPU each one costs some microseconds of the host.
 
 Counted by PyTorch's dispatcher on the CIFAR-10 network's structure with fewer channels: the number doesn't depend on
-them. Views are left out. The budgets are what a step has; they may fall.
+them. Views are left out. The choices are those of CUDA: our operators stand for the kernels that they launch there
+(KERNELS), and compute by torch here. The budgets are what a step has; they may fall.
 """
 
 from collections import Counter
@@ -9,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpm_dist import snapshot
+from ddpm_dist import device as devices, snapshot
 from ddpm_dist.engine.engine import Engine
 from ddpm_dist.engine.world import World
 from ddpm_dist.models import arithmetic
@@ -27,6 +30,43 @@ VIEWS = {
     "split_with_sizes",
     "_local_scalar_dense", "lift_fresh", "chunk", "unfold", "new_empty_strided", "new_empty",
 }  # fmt: skip
+
+KERNELS = {
+    "normal": 1,
+    "words": 1,
+    "group_norm": 2,  # one launch sums, one applies; up to 256 pixels of 128 channels (all levels but the first): 1
+    "group_norm_backward": 3,  # the same, and the weights' gradients; at the smaller levels 2
+}
+"""The most that an operator of `ddpm_dist::` launches."""
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor, embedding: Tensor | None, groups: int, eps: float, silu: bool) -> Any:
+    """`ddpm_dist::group_norm` of torch's operations, for the paper's network."""
+    x = x if embedding is None else x + embedding[:, :, None, None]
+    y, mean, rstd = torch.native_group_norm(x, weight, bias, *x.shape[:2], x.shape[2] * x.shape[3], groups, eps)
+    return F.silu(y) if silu else y.clone(), mean.float(), rstd.float()
+
+
+def norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, embedding: Tensor | None, mean: Tensor, rstd: Tensor,
+    silu: bool,
+) -> Any:  # fmt: skip
+    given = [one.detach().requires_grad_() for one in (x, weight, bias, *([] if embedding is None else [embedding]))]
+    with torch.enable_grad():
+        y = norm(*given[:3], given[3] if embedding is not None else None, mean.shape[1], 1e-6, silu)[0]
+        found = torch.autograd.grad(y, given, grad)
+    return (*found, x.new_empty(0)) if embedding is None else found
+
+
+def choose_as_on_cuda() -> None:
+    """For the rest of this process."""
+    devices.fused = lambda device: True
+    torch.library.impl("ddpm_dist::group_norm", "cpu", norm)
+    torch.library.impl("ddpm_dist::group_norm_backward", "cpu", norm_backward)
+    torch.library.impl("ddpm_dist::normal", "cpu", lambda indices, seed, top, number: torch.randn(len(indices), number))
+    torch.library.impl(
+        "ddpm_dist::words", "cpu", lambda indices, seed, top, number: torch.randint(2**32, (len(indices), number))
+    )
 
 
 class Counting(TorchDispatchMode):
@@ -47,7 +87,8 @@ def count(world: World, stage: int, precision: str) -> dict[str, int]:
         f"precision={precision}",
         "train.global_batch=1", "cluster.workers=1", "cluster.gpus_per_worker=0",
     ]  # fmt: skip
-    arithmetic.SLOW_BF16 = False  # as on CUDA: this process ends with the count
+    arithmetic.SLOW_BF16 = False  # this process ends with the count
+    choose_as_on_cuda()
     cfg = load_config("configs/cifar10.yaml", overrides)
     network, diffusion = snapshot.build(cfg)
     engine = Engine(network, cfg, world, 1, 1)
@@ -59,7 +100,7 @@ def count(world: World, stage: int, precision: str) -> dict[str, int]:
         with Counting() as counting:
             training_step(engine, diffusion, images, None, step, cfg, world, plan, PhaseClock())
             ema.update(step, 1)
-    return {name: number for name, number in counting.found.items() if name not in VIEWS}
+    return {name: number * KERNELS.get(name, 1) for name, number in counting.found.items() if name not in VIEWS}
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,16 @@
 environment says TRITON_INTERPRET=1 before Triton is imported."""
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm_dist import kernels, rng
+from ddpm_dist import device as devices, kernels, rng
+from ddpm_dist.config import ModelConfig
+from ddpm_dist.models import UNet, UNetConfig, norms
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 SHAPES = {
@@ -52,7 +55,9 @@ CASES = list(itertools.product(SHAPES, LAYOUTS, (torch.float32, torch.bfloat16),
 
 
 @pytest.mark.parametrize(("name", "layout", "dtype", "embedded", "silu"), CASES)
-def test_group_norm_is_torchs(name: str, layout: torch.memory_format, dtype: torch.dtype, embedded: int, silu: bool) -> None:
+def test_group_norm_is_torchs(
+    name: str, layout: torch.memory_format, dtype: torch.dtype, embedded: int, silu: bool
+) -> None:
     """Against float64 from the same rounded inputs: within float32's rounding, or half a unit of bfloat16's."""
     b, c, h, w, groups = SHAPES[name]
     generator = torch.Generator().manual_seed(c + h)
@@ -77,4 +82,102 @@ def test_group_norm_is_torchs(name: str, layout: torch.memory_format, dtype: tor
     for ours, wanted in zip((found, *grads), (y, *(one.grad for one in exact)), strict=False):
         assert wanted is not None
         assert ours.dtype == dtype
-        torch.testing.assert_close(ours.double(), wanted, rtol=relative, atol=relative * max(1.0, wanted.abs().max().item()))
+        torch.testing.assert_close(
+            ours.double(), wanted, rtol=relative, atol=relative * max(1.0, wanted.abs().max().item())
+        )
+
+
+# The operators, as they are on CUDA
+
+
+@pytest.fixture(scope="module", autouse=True)
+def operators() -> None:
+    """What is registered for CUDA, for the CPU as well: the interpreter takes its tensors."""
+    for module, names in (
+        (norms, {"group_norm": "_forward", "group_norm_backward": "_backward"}),
+        (rng, {"normal": "_fused_normal", "words": "_fused_words"}),
+    ):
+        for operator, function in names.items():
+            torch.library.impl(f"ddpm_dist::{operator}", "cpu")(getattr(module, function))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("embedded", [0, 1, 2])
+def test_operators_are_what_torch_expects(layout: torch.memory_format, embedded: int) -> None:
+    """Schema, fake tensors, autograd and tracing: what torch.compile rests on."""
+    x = torch.randn(2, 8, 3, 3).contiguous(memory_format=layout).requires_grad_()
+    weight, bias = torch.ones(8, requires_grad=True), torch.zeros(8, requires_grad=True)
+    embedding = torch.randn(2, embedded * 8, requires_grad=True) if embedded else None
+    torch.library.opcheck(torch.ops.ddpm_dist.group_norm, (x, weight, bias, embedding, 4, 1e-6, True))
+    for name in ("words", "normal"):
+        torch.library.opcheck(getattr(torch.ops.ddpm_dist, name), (torch.arange(3), -1, 2 << 24, 10))
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    return lambda on: monkeypatch.setattr(devices, "fused", lambda device: on)
+
+
+def gradients(unet: UNet, layout: torch.memory_format) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, 3, 8, 8, generator=generator).contiguous(memory_format=layout).requires_grad_()
+    out = unet(x, torch.tensor([700]))
+    out.square().mean().backward()
+    found = [out.detach(), x.grad, *(p.grad for p in unet.parameters())]
+    unet.zero_grad()
+    return [one for one in found if one is not None]
+
+
+@pytest.mark.parametrize(
+    ("way", "layout", "scale_shift"),
+    [("eager", torch.channels_last, False), ("traced", torch.channels_last, True), ("recomputed", LAYOUTS[0], False)],
+)
+def test_the_network_is_the_same_with_them(
+    fused: Callable[[bool], None], layout: torch.memory_format, way: str, scale_shift: bool
+) -> None:
+    model = ModelConfig(
+        channels=4,
+        channel_mult=(1,),
+        num_res_blocks=1,
+        attention_resolutions=(8,),
+        norm_groups=2,
+        scale_shift=scale_shift,
+    )
+    unet = UNet(UNetConfig.from_recipe(model, 8, 3, False)).initialize(0)
+    generator = torch.Generator().manual_seed(2)
+    for parameter in unet.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    fused(False)
+    plain = gradients(unet, layout)
+    fused(True)
+    if way == "recomputed":
+        unet.checkpoint([0])
+    ours = gradients(torch.compile(unet, backend="aot_eager", fullgraph=True) if way == "traced" else unet, layout)
+    assert len(ours) == len(plain)
+    for found, wanted in zip(ours, plain, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * max(1.0, wanted.abs().max().item()))
+
+
+def test_noise_by_the_operators_is_the_noise_of_the_cpu(fused: Callable[[bool], None]) -> None:
+    indices = torch.tensor([5, 2**33])
+    eager = (
+        rng.normal(2**64 - 1, 2, indices, (3, 5), 9),
+        rng.uniform(1, 3, indices, (7,)),
+        rng.integers(4, 5, indices, 1000),
+    )
+    fused(True)
+    ours = (
+        rng.normal(2**64 - 1, 2, indices, (3, 5), 9),
+        rng.uniform(1, 3, indices, (7,)),
+        rng.integers(4, 5, indices, 1000),
+    )
+    torch.testing.assert_close(ours[0], eager[0], rtol=1.2e-7, atol=0)
+    assert all(torch.equal(a, b) for a, b in zip(ours[1:], eager[1:], strict=True))
+
+
+def test_a_second_derivative_is_refused(fused: Callable[[bool], None]) -> None:
+    fused(True)
+    x = torch.randn(1, 4, 3, 3, requires_grad=True)
+    (gradient,) = torch.autograd.grad((norms.GroupNormSiLU(2, 4)(x) ** 2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (gradient**2).sum().backward()
