@@ -59,6 +59,31 @@ def test_the_papers_recipes_at_256_pixels_share_all_but_length() -> None:
     assert (ours.train.lr, ours.train.global_batch, ours.diffusion.variance) == (2e-5, 64, "fixedsmall")
 
 
+def test_the_fast_recipe_of_cifar10_is_the_papers_mathematics() -> None:
+    ours, theirs = recipe_named("cifar10-fast"), recipe_named("cifar10")
+    found = differences(theirs, ours)
+    assert (found["identity"], found["schedule"]) == (["precision: fp32 -> bf16"], [])
+    assert {line.partition(":")[0] for line in found["free"]} == {
+        "model.channels_last", "model.compile", "cluster.cpus_per_worker",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ((), 0),
+        (("cluster.gpus_per_worker=1",), 1),
+        (("cluster.gpus_per_worker=1", "cluster.cpus_per_worker=3"), 2),
+        (("cluster.gpus_per_worker=1", "cluster.cpus_per_worker=16"), 4),
+        (("cluster.gpus_per_worker=1", "data.workers=0"), 0),
+        (("data.workers=7",), 7),
+    ],
+)
+def test_loader_processes_by_default_where_there_is_a_gpu(overrides: tuple[str, ...], expected: int) -> None:
+    path = next(path for path in RECIPES if path.stem == "digits")
+    assert load_config(path, [*URLS, *overrides]).loader_workers == expected
+
+
 def test_the_papers_training_of_cifar10() -> None:
     cfg = recipe_named("cifar10")
     train = cfg.train

@@ -21,6 +21,10 @@ from ddpm_dist.config.training import (
 )
 
 
+MOST_LOADERS = 4
+"""Loader processes of a rank on a GPU, where nobody says how many."""
+
+
 class RunConfig(Section):
     """Which run this is."""
 
@@ -79,6 +83,13 @@ class Config(Section):
     def streams(self) -> int:
         """Canonical streams S."""
         return self.data.streams or default_streams(self.train.global_batch)
+
+    @property
+    def loader_workers(self) -> int:
+        """Loader processes of a rank."""
+        if self.data.workers is not None:
+            return self.data.workers
+        return max(1, min(MOST_LOADERS, self.threads - 1)) if self.cluster.gpus_per_worker else 0
 
     @property
     def threads(self) -> int:
