@@ -20,7 +20,6 @@ from ddpm_dist.config.training import (
     check_zero,
 )
 
-
 MOST_LOADERS = 4
 """Loader processes of a rank on a GPU, where nobody says how many."""
 
