@@ -27,8 +27,8 @@ class DataConfig(Section):
     shuffle_block: Positive = 4096
     """Samples of a stream that are permuted together."""
     workers: Free[Count | None] = None
-    """Loader processes per rank; 0 decodes in a thread. Default: 0 on a CPU; on a GPU, whose host a thread would hold up,
-    the worker's CPUs (cluster.cpus_per_worker) but one, at least 1 and at most 4."""
+    """Loader processes per rank; 0 decodes in a thread. Default: 0 on a CPU; on a GPU, whose host a thread would hold
+    up, the worker's CPUs (cluster.cpus_per_worker) but one, at least 1 and at most 4."""
     read_ahead: Free[Positive] = 4
     """Objects fetched at once by a rank."""
     buffer_bytes: Free[Positive] = 2**31
