@@ -183,11 +183,16 @@ class LossHistory:
 
     def update(self, t: Tensor, loss: Tensor) -> None:
         """Records the losses [n] of the times t [n] int64, in this order; those that are not finite are left out."""
-        per_t = self.losses.shape[1]
-        for time, value in zip(t.tolist(), loss.tolist(), strict=True):
-            if math.isfinite(value):
-                self.losses[time, self.counts[time] % per_t] = value
-                self.counts[time] += 1
+        times, values = t.cpu().numpy(), loss.detach().cpu().numpy().astype(np.float64)
+        finite = np.isfinite(values)
+        order = np.argsort(times[finite], kind="stable")
+        times, values = times[finite][order], values[finite][order]
+        news = np.bincount(times, minlength=len(self.counts))
+        number = np.arange(len(times)) - (np.cumsum(news) - news)[times]  # of each loss among those of its time
+        last = number >= news[times] - self.losses.shape[1]
+        times, values, number = times[last], values[last], number[last]
+        self.losses[times, (self.counts[times] + number) % self.losses.shape[1]] = values
+        self.counts += news
 
     def probabilities(self) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Of each t: [T] float64."""

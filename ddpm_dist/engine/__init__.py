@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from ddpm_dist.engine.launchers import check_single as check_single, launched as launched
     from ddpm_dist.engine.pieces import (
         Address as Address,
-        Ownership as Ownership,
         Piece as Piece,
         bytes_of as bytes_of,
         gather_full as gather_full,
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
         World as World,
         broadcast_object as broadcast_object,
         gather_objects as gather_objects,
+        gather_tensor as gather_tensor,
         init_world as init_world,
         interface_of as interface_of,
         own_address as own_address,
@@ -40,9 +40,9 @@ __all__, _asked = lazily(
     __name__,
     engine="Engine LOWEST_LOSS_SCALE StepReport",
     launchers="check_single launched",
-    pieces="Address Ownership Piece bytes_of gather_full",
+    pieces="Address Piece bytes_of gather_full",
     start="MAX_BUCKET_ELEMENTS PERSISTENT_ELEMENTS",
-    world="World broadcast_object gather_objects init_world interface_of own_address use_interface_of",
+    world="World broadcast_object gather_objects gather_tensor init_world interface_of own_address use_interface_of",
 )
 if not TYPE_CHECKING:
     __getattr__, __dir__ = _asked

@@ -4,14 +4,14 @@ Over all ranks the pieces partition every parameter, so what is done to pieces (
 loading) is done to each element by one rank.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ddpm_dist.engine.world import World, gather_objects
+from ddpm_dist.engine.world import World
 
 Address = tuple[str, int, int]
 """(name of a parameter, offset, numel) of a piece."""
@@ -58,49 +58,40 @@ def shares(numels: dict[str, int], rank: int, size: int) -> list[Address]:
     return found
 
 
-@dataclass(frozen=True)
-class Ownership:
-    """Who owns which elements, as every rank knows it."""
-
-    shapes: dict[str, torch.Size]
-    """Of every parameter, in the same order on every rank."""
-    addresses: list[list[Address]]
-    """Of every rank's pieces."""
-
-    @classmethod
-    def of(cls, pieces: Sequence[Piece], world: World) -> "Ownership":
-        """A collective."""
-        ranks = gather_objects(world, [(piece.address, tuple(piece.shape)) for piece in pieces])
-        shapes = {address[0]: torch.Size(shape) for owned in ranks for address, shape in owned}
-        return cls(shapes, [[address for address, _ in owned] for owned in ranks])
-
-
+@torch.no_grad()
 def gather_full(
-    tensors: Sequence[Tensor], ownership: Ownership, world: World, everywhere: bool = False
+    tensors: Sequence[Tensor],
+    addresses: Sequence[Address],
+    shapes: Mapping[str, torch.Size],
+    world: World,
+    everywhere: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields (name, full float32 tensor) of every parameter, from every rank's 1-D tensors.
 
-    tensors: this rank's, aligned with its pieces. A collective: every rank has to exhaust the iterator. Rank 0
-    gets the tensors, in host memory; the others get nothing, or the same with `everywhere`. About GATHER_BYTES
-    are in flight on the device, however large the model is.
+    tensors, addresses: this rank's, aligned with its pieces. shapes: of all parameters, in one order on all ranks.
+    A collective: every rank has to exhaust the iterator. Rank 0 gets the tensors, in host memory; the others get
+    nothing, or the same with `everywhere`. About GATHER_BYTES are in flight on the device, however large the model is.
+
+    Each element has one owner, so the sum over the ranks of its bits, where all others have zero, is these bits (of
+    floats it wouldn't be: −0 + 0 is 0). One reduction, whatever the number of ranks, and nobody has to know who owns
+    what.
     """
-    shapes = ownership.shapes
+    owned: dict[str, list[tuple[int, Tensor]]] = {}
+    for (name, offset, _), tensor in zip(addresses, tensors, strict=True):
+        owned.setdefault(name, []).append((offset, tensor))
     for names in _buckets(shapes):
-        full = {}
+        numels = [shapes[name].numel() for name in names]
+        flat = torch.zeros(sum(numels), dtype=torch.float32, device=world.device)
+        for name, full in zip(names, flat.split(numels), strict=True):
+            for offset, tensor in owned.get(name, ()):
+                full[offset : offset + tensor.numel()] = tensor
+        if world.size > 1 and everywhere:
+            dist.all_reduce(flat.view(torch.int32))
+        elif world.size > 1:
+            dist.reduce(flat.view(torch.int32), dst=0)
         if everywhere or world.is_first:
-            full = {name: torch.empty(shapes[name], dtype=torch.float32) for name in names}
-        for owner, owned in enumerate(ownership.addresses):
-            parts = [(i, address) for i, address in enumerate(owned) if address[0] in names]
-            if not parts:
-                continue
-            mine = owner == world.rank
-            flat = torch.cat([tensors[i] for i, _ in parts]).to(world.device) if mine else None
-            flat = _transfer(flat, sum(address[2] for _, address in parts), owner, world, everywhere)
-            if flat is not None and full:
-                flat = flat.cpu()
-                for (_, (name, offset, numel)), values in zip(parts, flat.split([a[2] for _, a in parts]), strict=True):
-                    full[name].view(-1)[offset : offset + numel] = values
-        yield from full.items()
+            for name, full in zip(names, flat.split(numels), strict=True):
+                yield name, full.view(shapes[name]).to("cpu", copy=True)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -108,31 +99,15 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.numpy()).cast("B")  # type: ignore[arg-type]
 
 
-def _transfer(flat: Tensor | None, numel: int, owner: int, world: World, everywhere: bool) -> Tensor | None:
-    """The owner's values, given on the owner alone: on rank 0, or on all ranks; None where they aren't wanted."""
-    if world.size == 1 or (owner == 0 and not everywhere):
-        return flat
-    if everywhere or world.is_first:
-        received = flat if flat is not None else torch.empty(numel, dtype=torch.float32, device=world.device)
-        if everywhere:
-            dist.broadcast(received, src=owner)
-        else:
-            dist.recv(received, src=owner)
-        return received
-    if flat is not None:
-        dist.send(flat, dst=0)
-    return None
-
-
-def _buckets(shapes: dict[str, torch.Size]) -> Iterator[dict[str, None]]:
-    """Consecutive names (as an ordered set) whose parameters take about GATHER_BYTES."""
-    names: dict[str, None] = {}
+def _buckets(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
+    """Consecutive names whose parameters take about GATHER_BYTES."""
+    names: list[str] = []
     size = 0
     for name, shape in shapes.items():
-        names[name] = None
+        names.append(name)
         size += 4 * shape.numel()
         if size >= GATHER_BYTES:
             yield names
-            names, size = {}, 0
+            names, size = [], 0
     if names:
         yield names

@@ -14,6 +14,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from ddpm_dist import device as devices
@@ -129,6 +130,16 @@ def gather_objects(world: World, value: Any) -> list[Any]:
         values = [None] * world.size
         dist.all_gather_object(values, value)
     return values
+
+
+def gather_tensor(world: World, tensor: Tensor) -> Tensor:
+    """Every rank's tensor [n, …], end to end in the order of ranks: [n · W, …] on every rank, on the world's device."""
+    tensor = tensor.detach().to(world.device).contiguous()
+    if world.size == 1:
+        return tensor
+    found = tensor.new_empty((tensor.shape[0] * world.size, *tensor.shape[1:]))
+    dist.all_gather_into_tensor(found, tensor)
+    return found
 
 
 def _environment_int(name: str, default: int) -> int:

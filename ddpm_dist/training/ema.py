@@ -4,7 +4,7 @@ Averages of any number of profiles run side by side; each costs 4 bytes per para
 ranks, and one fused pass over the weights a step. Call `update` after each step that was applied.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddpm_dist.config import Config, EmaConfig
-from ddpm_dist.engine import Engine, Ownership, Piece, World, gather_full
+from ddpm_dist.engine import Engine, Piece, World, gather_full
 
 Decay = Callable[[int, int], float]
 """(step from 0, images in a step) -> share that the old average keeps."""
@@ -55,13 +55,15 @@ class Ema:
         for label, decay in self._decays.items():
             torch._foreach_lerp_(self._runs[label], self._weights, 1.0 - decay(self.clock + step, batch))
 
-    def gather(self, world: World, label: str = MAIN, everywhere: bool = True) -> dict[str, Tensor]:
+    def gather(
+        self, world: World, shapes: Mapping[str, torch.Size], label: str = MAIN, everywhere: bool = True
+    ) -> dict[str, Tensor]:
         """The whole average by parameter name, float32 in host memory; empty but on rank 0 unless `everywhere`.
 
-        A collective.
+        A collective. shapes: of all parameters.
         """
-        ownership = Ownership.of(self._pieces, world)
-        return dict(gather_full(self.averages[label], ownership, world, everywhere))
+        addresses = [piece.address for piece in self._pieces]
+        return dict(gather_full(self.averages[label], addresses, shapes, world, everywhere))
 
     @contextmanager
     def computing(self, engine: Engine, label: str = MAIN) -> Iterator[None]:

@@ -18,7 +18,7 @@ from ddpm_dist.cluster import restart_parts, tell
 from ddpm_dist.config import Config
 from ddpm_dist.data import Batch, Loader
 from ddpm_dist.diffusion import LossHistory
-from ddpm_dist.engine import Engine, World, broadcast_object, gather_objects
+from ddpm_dist.engine import Engine, World, broadcast_object, gather_tensor
 from ddpm_dist.errors import PreemptedError
 from ddpm_dist.progress import StepProgress
 from ddpm_dist.recipe import dump_config
@@ -54,7 +54,7 @@ class Training:
         if world.is_first and (advice := self.plan.advice(world.size, cfg.train.max_micro_batch)):
             log.warning("%s", advice)
         self.watchdog = Watchdog(cfg.cluster.hang_seconds)
-        last_sign = run_folder.last_sign_of_life(cfg.run.url)
+        last_sign = run_folder.last_sign_of_life(cfg.run.url) if world.is_first else None  # the account is rank 0's
         self.store = StateStore(cfg, world, partial(run_folder.steps_to_keep, cfg))
         owner = self.store.check_owner  # asked before all that is published: a void attempt leaves the folder alone
         self.lease = run_folder.Lease(cfg.run.url, token, owner) if world.rank == 0 else None
@@ -169,8 +169,7 @@ class Training:
             with self.clock.phase("ema"):
                 self.ema.update(self.step, self.cfg.train.global_batch)
         if self.history is not None:
-            ranks = gather_objects(self.world, (result.t.cpu(), result.loss.cpu()))
-            self.history.update(torch.cat([t for t, _ in ranks]), torch.cat([loss for _, loss in ranks]))
+            self.history.update(gather_tensor(self.world, result.t), gather_tensor(self.world, result.loss))
         return result
 
     def _exchange(self, batch: Batch, result: StepResult) -> tuple[bool, bool]:

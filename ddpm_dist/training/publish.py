@@ -47,7 +47,7 @@ class SnapshotPublisher:
         with the average in its weights' place.
         """
         self.wait()
-        averages = {label: ema.gather(self._world, label, everywhere=False) for label in ema.averages}
+        averages = {label: ema.gather(self._world, engine.shapes, label, everywhere=False) for label in ema.averages}
         if self._cfg.logging.grid_images:
             with ema.computing(engine), engine.evaluating():
                 images = self._sample_grid(engine)

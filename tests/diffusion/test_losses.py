@@ -261,6 +261,21 @@ def test_loss_second_moment_follows_the_last_losses():
     np.testing.assert_allclose(history.probabilities(), root / root.sum() * 0.999 + 0.001 / 8, rtol=1e-6)
 
 
+def test_many_losses_at_once_are_those_one_after_another():
+    generator = np.random.default_rng(1)
+    history, losses, counts = LossHistory(8, per_t=4), np.zeros((8, 4)), np.zeros(8, int)
+    for size in (0, 1, 5, 40, 200):
+        t, values = generator.integers(0, 7, size), generator.uniform(size=size).astype(np.float32)
+        values[generator.uniform(size=size) < 0.2] = np.nan
+        history.update(torch.from_numpy(t), torch.from_numpy(values))
+        for time, value in zip(t, values, strict=True):
+            if np.isfinite(value):
+                losses[time, counts[time] % 4] = value
+                counts[time] += 1
+        np.testing.assert_array_equal(history.losses, losses)
+        np.testing.assert_array_equal(history.counts, counts)
+
+
 def test_loss_second_moment_is_unbiased():
     history = warmed_history()
     cfg = DiffusionConfig(t_sampling="loss_second_moment", timesteps=8)

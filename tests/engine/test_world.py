@@ -9,8 +9,15 @@ import pytest
 import torch
 
 from ddpm_dist.engine import world as world_module
-from ddpm_dist.engine.pieces import shares
-from ddpm_dist.engine.world import World, broadcast_object, gather_objects, interface_of, own_address
+from ddpm_dist.engine.pieces import gather_full, shares
+from ddpm_dist.engine.world import (
+    World,
+    broadcast_object,
+    gather_objects,
+    gather_tensor,
+    interface_of,
+    own_address,
+)
 from ddpm_dist.errors import ClusterError
 from tests.engine.worker_group import run_ranks
 
@@ -68,6 +75,35 @@ def test_ranks_agree(size: int) -> None:
         assert world == World(rank, size, rank, torch.device("cpu"), "gloo")
         assert broadcast == "from 0"
         assert gathered == [i**2 for i in range(size)]
+
+
+NUMBERS = [torch.tensor([-0.0, float("nan"), 1e-45]), torch.tensor([7.5, -0.0]), torch.tensor([float("inf")])]
+
+
+def gather_unevenly(world: World) -> Any:
+    """Three ranks own a parameter of 6 elements in uneven pieces, rank 1 alone another."""
+    mine = [("a", [0, 3, 5][world.rank], len(NUMBERS[world.rank]))]
+    tensors = [NUMBERS[world.rank]]
+    if world.rank == 1:
+        mine, tensors = [("b", 0, 1), *mine], [torch.tensor([3.0]), *tensors]
+    shapes = {"a": torch.Size([2, 3]), "b": torch.Size([1])}
+    times = torch.arange(2) + 10 * world.rank
+    on_all, on_first = (dict(gather_full(tensors, mine, shapes, world, everywhere)) for everywhere in (True, False))
+    return on_all, on_first, gather_tensor(world, times), gather_tensor(world, times / 3)
+
+
+def test_what_ranks_own_comes_together_bit_for_bit() -> None:
+    wanted = torch.cat(NUMBERS).view(2, 3)
+    for rank, (found, on_first, times, thirds) in enumerate(run_ranks(gather_unevenly, 3)):
+        assert on_first.keys() == (found.keys() if rank == 0 else set())
+        for name, tensor in on_first.items():
+            assert torch.equal(tensor.view(torch.int32), found[name].view(torch.int32))
+        assert torch.equal(found["a"].view(torch.int32), wanted.view(torch.int32)), (
+            "the sign of zero and NaN's bits, too"
+        )
+        assert found["b"] == 3.0
+        assert times.tolist() == [0, 1, 10, 11, 20, 21]
+        assert torch.equal(thirds, torch.tensor([0, 1, 10, 11, 20, 21]) / 3)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64])

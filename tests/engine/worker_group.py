@@ -159,7 +159,8 @@ def tensors_of(engine: Engine) -> dict[tuple[str, int, str], Tensor]:
 
 def whole(world: World, engine: Engine, kind: str = "weights") -> dict[str, Tensor]:
     """Every parameter's tensor of a kind, gathered on every rank."""
-    from ddpm_dist.engine.pieces import Ownership, gather_full
+    from ddpm_dist.engine.pieces import gather_full
 
     pieces = engine.pieces()
-    return dict(gather_full([getattr(p, kind) for p in pieces], Ownership.of(pieces, world), world, everywhere=True))
+    tensors, addresses = [getattr(p, kind) for p in pieces], [p.address for p in pieces]
+    return dict(gather_full(tensors, addresses, engine.shapes, world, everywhere=True))

@@ -122,7 +122,7 @@ def train(world: World, url: str, stage: int, precision: str, accumulation: int,
     for kind in ("weights", "exp_avg", "exp_avg_sq"):
         for name, tensor in group.whole(world, engine, kind).items():
             digest.update(name.encode() + tensor.numpy().tobytes())
-    for tensor in ema.gather(world).values():
+    for tensor in ema.gather(world, engine.shapes).values():
         digest.update(tensor.numpy().tobytes())
     return f"{digest.hexdigest()} {engine.scalars()}"
 
