@@ -50,11 +50,11 @@ def list_states(args: argparse.Namespace) -> None:
 def show(args: argparse.Namespace) -> None:
     """The manifest, without its tables."""
     url, manifest = _open(args.url)
-    parameters = sum(part.elements for part in manifest.parts)
+    parameters = sum(manifest.elements())
     print(f"{storage.redact(url)}: {parameters:,} parameters in {len(manifest.shapes)} tensors")
     print(f"kinds: {', '.join(manifest.kinds)}")
     for rank, part in enumerate(manifest.parts):
-        print(f"rank {rank}: {len(part.pieces)} pieces, {len(part.files)} files")
+        print(f"rank {rank}: {len(manifest.pieces(rank))} pieces, {len(part.files)} files")
     about = {key: value for key, value in manifest.meta.items() if key != "config"}
     print(json.dumps({"scalars": manifest.scalars, "meta": about}, indent=2))
 

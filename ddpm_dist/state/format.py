@@ -12,21 +12,26 @@
 A rank's stream is, kind by kind (weights, exp_avg, exp_avg_sq, then each average), the elements of its
 pieces end to end, cut into files of FILE_BYTES. Every file has a SHA-256, and a CRC-32 for every block of
 BLOCK_BYTES, so that a reader that needs a range checks just that range.
+
+Version 1 lists every piece. Of so many ranks that this would be most of the manifest, version 2 says by which rule the
+parameters were cut (cut.py); the parts of ranks 128 to 255 are put together in parts-00128.json, and so on (parts.py).
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import accumulate
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ddpm_dist.engine import Address
 from ddpm_dist.errors import DamagedStateError, StateError
+from ddpm_dist.state.cut import RULES, Cut, numel_of
 
 FORMAT = "ddpm_dist training state"
-VERSION = 1
+VERSIONS = (1, 2)
+PIECES_LISTED = 1 << 16
+"""Most pieces that a manifest lists; programs that know version 1 alone read these."""
 FILE_BYTES = 64 << 20
 BLOCK_BYTES = 256 << 10
 ELEMENT_BYTES = 4
@@ -66,17 +71,20 @@ class File:
 class Part:
     """What one rank wrote."""
 
-    pieces: list[Address]
+    pieces: list[Address] | None
+    """None: what the state's cut gives to the rank."""
     kinds: list[str]
     files: list[File]
 
     @property
     def elements(self) -> int:
-        """Of one kind."""
-        return sum(numel for _, _, numel in self.pieces)
+        """Of one kind, of the pieces that are listed."""
+        return sum(numel for _, _, numel in self.pieces or ())
 
-    def stream_bytes(self) -> int:
-        return ELEMENT_BYTES * self.elements * len(self.kinds)
+    @property
+    def bytes(self) -> int:
+        """Of its files."""
+        return sum(file.size for file in self.files)
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,16 @@ class Manifest:
     """Size of each file of a rank's stream but the last."""
     block_bytes: int
     """Size of what a CRC-32 is of."""
+    cut: Cut | None = None
+    """How all parameters were cut; None: each part lists its pieces."""
+
+    def pieces(self, rank: int) -> list[Address]:
+        """What a rank wrote, in the order of its stream."""
+        return self.cut.pieces(rank) if self.cut is not None else list(self.parts[rank].pieces or ())
+
+    def elements(self) -> list[int]:
+        """Of one kind, of each rank."""
+        return self.cut.elements().tolist() if self.cut is not None else [part.elements for part in self.parts]
 
     @property
     def kinds(self) -> list[str]:
@@ -103,62 +121,21 @@ class Manifest:
     @property
     def bytes(self) -> int:
         """Of all files of all ranks, without the JSON."""
-        return sum(file.size for part in self.parts for file in part.files)
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Bytes [start, start + size) of a rank's stream, that belong at `target` of what is wanted (in bytes)."""
-
-    rank: int
-    start: int
-    size: int
-    target: int
-
-
-@dataclass
-class Source:
-    """Where each element of each kind is stored, for planning reads."""
-
-    manifest: Manifest
-    _owned: dict[str, list[tuple[int, int, int, int]]] = field(init=False)
-    """name -> (offset, numel, rank, first element in that rank's kind), by offset."""
-    _starts: list[dict[str, int]] = field(init=False)
-    """For each rank: kind -> its first element in that rank's stream."""
-
-    def __post_init__(self) -> None:
-        sizes = [part.elements for part in self.manifest.parts]
-        self._starts = [
-            {kind: number * size for number, kind in enumerate(part.kinds)}
-            for part, size in zip(self.manifest.parts, sizes, strict=True)
-        ]
-        self._owned = {name: [] for name in self.manifest.shapes}
-        for rank, part in enumerate(self.manifest.parts):
-            starts = accumulate((numel for _, _, numel in part.pieces), initial=0)
-            for (name, offset, numel), start in zip(part.pieces, starts, strict=False):
-                self._owned[name].append((offset, numel, rank, start))
-        for owned in self._owned.values():
-            owned.sort()
-
-    def segments(self, kind: str, name: str, offset: int, numel: int) -> Iterator[Segment]:
-        """The stored ranges that make up elements [offset, offset + numel) of a parameter, in order."""
-        end = offset + numel
-        for at, length, rank, start in self._owned[name]:
-            low, high = max(at, offset), min(at + length, end)
-            if low < high:
-                element = self._starts[rank][kind] + start + low - at
-                yield Segment(
-                    rank, ELEMENT_BYTES * element, ELEMENT_BYTES * (high - low), ELEMENT_BYTES * (low - offset)
-                )
+        return sum(part.bytes for part in self.parts)
 
 
 def check_complete(manifest: Manifest, place: str) -> None:
     """Raises DamagedStateError unless the parts hold every element of every parameter exactly once."""
+    each = ELEMENT_BYTES * len(manifest.kinds)
+    elements, parts = manifest.elements(), manifest.parts
+    fitting = len(elements) == len(parts) and all(part.kinds == manifest.kinds for part in parts)
+    if not fitting or any(part.bytes != each * number for part, number in zip(parts, elements, strict=True)):
+        raise DamagedStateError(f"{place}: its parts don't fit together")
+    if manifest.cut is not None:
+        return  # a rule leaves nothing out
     held: dict[str, list[tuple[int, int]]] = {name: [] for name in manifest.shapes}
-    for part in manifest.parts:
-        if part.kinds != manifest.kinds or sum(file.size for file in part.files) != part.stream_bytes():
-            raise DamagedStateError(f"{place}: its parts don't fit together")
-        for name, offset, numel in part.pieces:
+    for part in parts:
+        for name, offset, numel in part.pieces or ():
             held.setdefault(name, []).append((offset, numel))
     for name, ranges in held.items():
         end = 0
@@ -166,7 +143,7 @@ def check_complete(manifest: Manifest, place: str) -> None:
             if offset != end:
                 raise DamagedStateError(f"{place}: elements {end} to {offset} of {name} are not there exactly once")
             end += numel
-        if name not in manifest.shapes or end != _numel(manifest.shapes[name]):
+        if name not in manifest.shapes or end != numel_of(manifest.shapes[name]):
             raise DamagedStateError(f"{place}: {end} elements of {name} don't make the shape it has")
 
 
@@ -175,27 +152,35 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "step": manifest.id.step,
         "attempt": manifest.id.attempt,
         "shapes": manifest.shapes,
-        "parts": [asdict(part) for part in manifest.parts],
+        "parts": None,
         "scalars": manifest.scalars,
         "meta": manifest.meta,
         "file_bytes": manifest.file_bytes,
         "block_bytes": manifest.block_bytes,
     }
-    return _seal(body)
+    cut = manifest.cut
+    if cut is not None:
+        body |= {"cut": {"rule": cut.rule, "ranks": cut.ranks}}
+    return _seal(body, 1 if cut is None else 2, manifest.parts)
 
 
 def decode_manifest(data: bytes, place: str) -> Manifest:
     """Raises DamagedStateError if it was truncated or altered, StateError if it is of a foreign format."""
     body = _unseal(data, place)
     try:
+        shapes, cut = body["shapes"], body.get("cut")
+        if cut is not None and cut["rule"] not in RULES.values():
+            raise KeyError(cut["rule"])
+        numels = {name: numel_of(shape) for name, shape in shapes.items()}
         manifest = Manifest(
             StateId(body["step"], body["attempt"]),
-            body["shapes"],
+            shapes,
             [_part(part) for part in body["parts"]],
             body["scalars"],
             body["meta"],
             body["file_bytes"],
             body["block_bytes"],
+            Cut(cut["rule"], cut["ranks"], numels) if cut is not None else None,
         )
     except (KeyError, TypeError) as error:
         raise DamagedStateError(f"{place}: incomplete: {error}") from None
@@ -204,18 +189,36 @@ def decode_manifest(data: bytes, place: str) -> Manifest:
 
 
 def encode_part(part: Part) -> bytes:
-    return _seal(asdict(part))
+    return _seal(_part_body(part), 1 if part.pieces is not None else 2)
 
 
 def decode_part(data: bytes, place: str) -> Part:
     return _part(_unseal(data, place))
 
 
-def _seal(body: Mapping[str, Any]) -> bytes:
-    """Two lines of JSON: the format with the hash of the second, and the second."""
-    text = json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
-    head = {"format": FORMAT, "version": VERSION, "sha256": hashlib.sha256(text).hexdigest()}
-    return json.dumps(head).encode() + b"\n" + text + b"\n"
+def encode_parts(parts: Sequence[Part]) -> bytes:
+    """Of a group of ranks."""
+    return _seal({"parts": None}, 2, parts)
+
+
+def decode_parts(data: bytes, place: str) -> list[Part]:
+    return [_part(part) for part in _unseal(data, place)["parts"]]
+
+
+def _seal(body: Mapping[str, Any], version: int, parts: Sequence[Part] = ()) -> bytes:
+    """Two lines of JSON: the format with the hash of the second, and the second.
+
+    One part after another, as the encoder lets no other thread work in between, and the training is one. They stand in
+    the place of the body's `"parts": null`.
+    """
+    text = json.dumps(body, separators=(",", ":"), allow_nan=False)
+    if "parts" in body:
+        before, after = text.split('"parts":null', 1)
+        encoded = ",".join(json.dumps(_part_body(part), separators=(",", ":")) for part in parts)
+        text = f'{before}"parts":[{encoded}]{after}'
+    data = text.encode()
+    head = {"format": FORMAT, "version": version, "sha256": hashlib.sha256(data).hexdigest()}
+    return json.dumps(head).encode() + b"\n" + data + b"\n"
 
 
 def _unseal(data: bytes, place: str) -> dict[str, Any]:
@@ -227,23 +230,23 @@ def _unseal(data: bytes, place: str) -> dict[str, Any]:
         raise DamagedStateError(f"{place}: not a manifest of a training state (foreign, or cut off)") from None
     if name != FORMAT:
         raise DamagedStateError(f"{place}: of a foreign format, {name!r}")
-    if version != VERSION:
-        raise StateError(f"{place}: written in version {version!r} of the format; this program reads {VERSION}")
+    if version not in VERSIONS:
+        known = " and ".join(map(str, VERSIONS))
+        raise StateError(f"{place}: written in version {version!r} of the format; this program reads {known}")
     if hashlib.sha256(text.removesuffix(b"\n")).hexdigest() != digest:
         raise DamagedStateError(f"{place}: cut off or altered, its SHA-256 is not the one it states")
     return dict(json.loads(text))
 
 
+def _part_body(part: Part) -> dict[str, Any]:
+    listed = {} if part.pieces is None else {"pieces": part.pieces}
+    return {**listed, "kinds": part.kinds, "files": [vars(file) for file in part.files]}
+
+
 def _part(body: Mapping[str, Any]) -> Part:
-    pieces = [(name, offset, numel) for name, offset, numel in body["pieces"]]
-    return Part(pieces, body["kinds"], [File(**file) for file in body["files"]])
-
-
-def _numel(shape: Sequence[int]) -> int:
-    total = 1
-    for length in shape:
-        total *= length
-    return total
+    pieces = body.get("pieces")
+    listed = None if pieces is None else [(name, offset, numel) for name, offset, numel in pieces]
+    return Part(listed, body["kinds"], [File(**file) for file in body["files"]])
 
 
 def valid_states(claims: Mapping[int, StateId | None], published: Sequence[StateId]) -> list[StateId]:

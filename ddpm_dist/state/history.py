@@ -7,6 +7,7 @@ import platform
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from ddpm_dist import storage
@@ -16,6 +17,7 @@ from ddpm_dist.state import format as fmt
 log = logging.getLogger(__name__)
 
 OWNER = "owner"
+ASKED_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class Claim:
 def read(url: str) -> tuple[dict[int, fmt.StateId | None], list[fmt.StateId]]:
     """(attempt -> the state that it continues, valid states newest first) of a run's checkpoints folder.
 
-    Of older attempts only those are told apart from a new beginning whose claims had to be read. One listing and one
-    read, however many attempts there were.
+    Of older attempts only those are told apart from a new beginning whose claims had to be read. Two listings of names,
+    a request for each state and one read, however many attempts there were, and however many ranks wrote files.
     """
     claims, valid = look(url)
     return {attempt: claim.continues if claim is not None else None for attempt, claim in claims.items()}, valid
@@ -43,9 +45,8 @@ def read(url: str) -> tuple[dict[int, fmt.StateId | None], list[fmt.StateId]]:
 
 def look(url: str) -> tuple[dict[int, Claim | None], list[fmt.StateId]]:
     """As `read`, with all that the claims say; None for those that weren't read."""
-    names = [name.split("/") for name in storage.list_objects(url)]
-    published = [s for n in names if len(n) == 2 and n[1] == fmt.MANIFEST and (s := fmt.StateId.parse(n[0]))]
-    attempts = [int(n[1]) for n in names if len(n) == 2 and n[0] == OWNER and n[1].isdigit()]
+    published = _published(url)
+    attempts = [int(name) for name in storage.list_names(storage.join(url, OWNER)) if name.isdigit()]
     claims = _chain(url, attempts)
     newest = claims.get(max(claims, default=0))
     if newest is not None and newest.chain is not None:
@@ -53,6 +54,16 @@ def look(url: str) -> tuple[dict[int, Claim | None], list[fmt.StateId]]:
     else:
         valid = fmt.valid_states({attempt: claim.continues for attempt, claim in claims.items()}, published)
     return {**dict.fromkeys(attempts), **claims}, valid
+
+
+def _published(url: str) -> list[fmt.StateId]:
+    """The states that have a manifest. Their folders aren't listed: each holds several files of every rank."""
+    states = [state for name in storage.list_names(url) if (state := fmt.StateId.parse(name))]
+    if not states:
+        return []
+    with ThreadPoolExecutor(min(ASKED_AT_ONCE, len(states)), "state-manifests") as pool:
+        whole = list(pool.map(lambda s: storage.exists(storage.join(url, str(s), fmt.MANIFEST)), states))
+    return [state for state, there in zip(states, whole, strict=True) if there]
 
 
 def latest_step(run_url: str) -> int | None:
@@ -176,7 +187,7 @@ def collect(url: str, newest: fmt.StateId, keep: set[fmt.StateId]) -> None:
     newest: the state just published. What its attempt is writing after it, or a successor writes, is left alone.
     """
     check_owner(url, newest.attempt)
-    for name in sorted({path.split("/")[0] for path in storage.list_objects(url)}):
+    for name in storage.list_names(url):
         state = fmt.StateId.parse(name)
         if state is None or state in keep or state.attempt > newest.attempt:
             continue

@@ -14,6 +14,7 @@ from ddpm_dist import storage
 from ddpm_dist.engine import bytes_of
 from ddpm_dist.errors import DamagedStateError, NotFoundError, ShortReadError, StateError
 from ddpm_dist.state import format as fmt
+from ddpm_dist.state.source import Source
 
 DOWNLOADS = 16
 """Ranges fetched at once."""
@@ -44,20 +45,27 @@ class _Copy:
 
 def read_manifest(state_url: str) -> fmt.Manifest:
     """Raises NotFoundError if the state doesn't exist, DamagedStateError or StateError if it can't be used."""
-    url = storage.join(state_url, fmt.MANIFEST)
-    return fmt.decode_manifest(storage.read(url, PATIENCE_S), storage.redact(url))
+    return decode_manifest(state_url, manifest_bytes(state_url))
 
 
-def read_into(
-    state_url: str, manifest: fmt.Manifest, targets: Sequence[Target], source: fmt.Source | None = None
-) -> int:
+def manifest_bytes(state_url: str) -> bytes:
+    """Raises NotFoundError if the state doesn't exist."""
+    return storage.read(storage.join(state_url, fmt.MANIFEST), PATIENCE_S)
+
+
+def decode_manifest(state_url: str, data: bytes) -> fmt.Manifest:
+    """Of `manifest_bytes`; raises DamagedStateError or StateError if it can't be used."""
+    return fmt.decode_manifest(data, storage.redact(storage.join(state_url, fmt.MANIFEST)))
+
+
+def read_into(state_url: str, manifest: fmt.Manifest, targets: Sequence[Target], source: Source | None = None) -> int:
     """Fills the targets from the store, in parallel, and returns the bytes fetched. source: of this manifest, for who
     reads more than once.
 
     Every block that is touched is compared with its checksum; DamagedStateError names the first that differs.
     """
     hosts = [_host_of(target.tensor) for target in targets]
-    copies = _plan(source or fmt.Source(manifest), targets, [bytes_of(host) for host in hosts])
+    copies = _plan(source or Source(manifest), targets, [bytes_of(host) for host in hosts])
     files = {file.name: file for part in manifest.parts for file in part.files}
     block = manifest.block_bytes
     ranges = [
@@ -75,7 +83,7 @@ def read_full(state_url: str, manifest: fmt.Manifest, kind: str) -> Iterator[tup
     """Yields (name, full float32 tensor on the CPU) of a kind, such as `weights` or `ema`."""
     if kind not in manifest.kinds:
         raise StateError(f"{storage.redact(state_url)}: has no {kind!r}; it has {', '.join(manifest.kinds)}")
-    source = fmt.Source(manifest)
+    source = Source(manifest)
     for name, shape in manifest.shapes.items():
         tensor = torch.empty(shape, dtype=torch.float32)
         read_into(state_url, manifest, [Target(kind, name, 0, tensor.view(-1))], source)
@@ -121,14 +129,16 @@ def _host_of(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.numel(), dtype=torch.float32)
 
 
-def _plan(source: fmt.Source, targets: Sequence[Target], buffers: Sequence[memoryview]) -> dict[str, list[_Copy]]:
+def _plan(source: Source, targets: Sequence[Target], buffers: Sequence[memoryview]) -> dict[str, list[_Copy]]:
     """File name -> what is needed of it."""
     manifest = source.manifest
-    ends = [list(accumulate(file.size for file in part.files)) for part in manifest.parts]
+    ends: dict[int, list[int]] = {}
     copies: dict[str, list[_Copy]] = {}
     for target, buffer in zip(targets, buffers, strict=True):
         for segment in source.segments(target.kind, target.name, target.offset, target.tensor.numel()):
             files = manifest.parts[segment.rank].files
+            if segment.rank not in ends:
+                ends[segment.rank] = list(accumulate(file.size for file in files))
             position, at, left = segment.start, segment.target, segment.size
             while left:
                 index = position // manifest.file_bytes

@@ -17,6 +17,7 @@ from ddpm_dist.engine import Piece, World, broadcast_object, gather_objects
 from ddpm_dist.errors import DamagedStateError, DdpmDistError, NotFoundError, StateError, StorageError
 from ddpm_dist.recipe import dump_config
 from ddpm_dist.state import format as fmt, history, reader
+from ddpm_dist.state.cut import cut_of
 from ddpm_dist.state.writer import StateWriter
 
 T = TypeVar("T")
@@ -98,7 +99,7 @@ class StateStore:
         """
         while self._valid:
             newest = self._valid[0]
-            manifest, refusal = self._load(newest, engine, averages)
+            manifest, refusal = self._load(storage.join(self.url, str(newest)), engine, averages)
             refusals = [r for r in gather_objects(self._world, refusal) if r is not None]
             if not refusals:
                 assert manifest is not None
@@ -141,7 +142,9 @@ class StateStore:
             **meta,
         }
         shapes = {name: list(shape) for name, shape in engine.shapes.items()}
-        self._writer.save(state, tensors, [piece.address for piece in pieces], shapes, engine.scalars(), about)
+        owned = [piece.address for piece in pieces]
+        cut = cut_of(self._cfg.zero.stage, self._world.size, shapes) if self._by_rule(shapes) else None
+        self._writer.save(state, tensors, owned, shapes, engine.scalars(), about, cut)
 
     def poll(self) -> None:
         """Raises what a save met in the background. An outage of the store is only logged: training goes on."""
@@ -161,17 +164,20 @@ class StateStore:
         """Saves of this rank that an outage of the store prevented."""
         return self._writer.failed
 
-    def _load(
-        self, state: fmt.StateId, engine: Trained, averages: Averaged
-    ) -> tuple[fmt.Manifest | None, DdpmDistError | None]:
-        """(manifest, None) when this rank's tensors are filled, else (None, why not)."""
+    def _load(self, url: str, engine: Trained, averages: Averaged) -> tuple[fmt.Manifest | None, DdpmDistError | None]:
+        """(manifest, None) when this rank's tensors are filled, else (None, why not). Rank 0 reads the manifest."""
         try:
-            manifest, self.bytes_read = read_state(storage.join(self.url, str(state)), engine, averages)
+            manifest = reader.decode_manifest(url, self._first_decides(lambda: reader.manifest_bytes(url)))
+            self.bytes_read = read_state(url, manifest, engine, averages)
         except NotFoundError as error:
             return None, DamagedStateError(str(error))
         except DdpmDistError as error:
             return None, error
         return manifest, None
+
+    def _by_rule(self, shapes: Mapping[str, Sequence[int]]) -> bool:
+        """Whether a manifest that lists all pieces could be too long."""
+        return self._world.size * len(shapes) > fmt.PIECES_LISTED
 
     def _claim_older(self) -> None:
         """Claims the run again, with the state before the newest valid one."""
@@ -226,10 +232,10 @@ def _tensors(pieces: Sequence[Piece], averages: Averaged) -> dict[str, Sequence[
     }
 
 
-def read_state(url: str, engine: Trained, averages: Averaged) -> tuple[fmt.Manifest, int]:
-    """Fills this rank's pieces and averages from the state at a URL: (its manifest, bytes read).
+def read_state(url: str, manifest: fmt.Manifest, engine: Trained, averages: Averaged) -> int:
+    """Fills this rank's pieces and averages from the state at a URL, whose manifest this is; bytes read.
 
-    Raises NotFoundError, DamagedStateError, or StateError if it is of another network.
+    Raises DamagedStateError, or StateError if it is of another network.
     """
     targets = []
     for i, piece in enumerate(engine.pieces()):
@@ -237,6 +243,5 @@ def read_state(url: str, engine: Trained, averages: Averaged) -> tuple[fmt.Manif
         tensors |= {label: average[i] for label, average in averages.averages.items()}
         targets += [reader.Target(kind, piece.name, piece.offset, tensor) for kind, tensor in tensors.items()]
     kinds = [fmt.WEIGHTS, "exp_avg", "exp_avg_sq", *averages.averages]
-    manifest = reader.read_manifest(url)
     reader.check_fits(manifest, engine.shapes, kinds, storage.redact(url))
-    return manifest, reader.read_into(url, manifest, targets)
+    return reader.read_into(url, manifest, targets)

@@ -1,41 +1,32 @@
 """Writing a training state in the background: from host copies straight to the store, the manifest last.
 
-How do the ranks agree that all files are there, without stalling the training? Each rank's background thread
-publishes a part manifest when its own files are acknowledged; rank 0's waits until it has seen every part in
-the store, and then publishes the manifest. So no collective is called beside the training's (whose order
-would have to be the same on every rank), a rank that dies leaves nobody waiting in one, and what the manifest
-promises was seen in the store and not merely told.
+How the ranks agree that all files are there, without a collective beside the training's, stands in parts.py.
 """
 
 import hashlib
 import logging
-import os
 import queue
 import threading
 import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddpm_dist import storage
 from ddpm_dist.engine import Address, bytes_of
-from ddpm_dist.errors import NotFoundError, ShortReadError, UnreachableError
-from ddpm_dist.state import format as fmt
+from ddpm_dist.errors import ShortReadError, UnreachableError
+from ddpm_dist.state import format as fmt, parts
+from ddpm_dist.state.cut import Cut
+from ddpm_dist.state.parts import PATIENCE_S, give_way, in_parallel
 
 log = logging.getLogger(__name__)
 
 UPLOADS = 4
 """Files of a rank in flight at once."""
-PATIENCE_S = 120.0
-"""How long an outage of the store may last in the middle of a save."""
-PARTS_PATIENCE_S = 600.0
-"""How long rank 0 waits for the parts of the other ranks."""
-NICENESS = 10
-"""The background threads give way to the training where they share a core with it."""
 
 
 @dataclass
@@ -49,6 +40,8 @@ class Job:
     shapes: dict[str, list[int]]
     scalars: dict[str, Any]
     meta: dict[str, Any]
+    cut: Cut | None
+    """The rule by which the ranks' pieces follow, if it may stand for them."""
     began: float
 
 
@@ -84,7 +77,7 @@ class StateWriter:
         """Makes the host buffers, for so many elements, in the background: the pages of a new buffer are slow."""
 
         def make() -> None:
-            _give_way()
+            give_way()
             for _ in range(2):
                 self._free.put(_fit(self._free.get(), numel, like).zero_())
 
@@ -98,10 +91,12 @@ class StateWriter:
         shapes: dict[str, list[int]],
         scalars: dict[str, Any],
         meta: dict[str, Any],
+        cut: Cut | None = None,
     ) -> None:
         """Copies the tensors (kind -> 1-D float32, aligned with `pieces`) and returns; the rest is background.
 
-        Waits only if two earlier states are still on their way. Raises what the background met before.
+        Waits only if two earlier states are still on their way. Raises what the background met before. cut: may say
+        in the place of lists of pieces what the ranks own, where it says it right.
         """
         self.poll()
         began = time.perf_counter()
@@ -112,7 +107,7 @@ class StateWriter:
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="state-writer", daemon=True)
             self._thread.start()
-        self._jobs.put(Job(id, buffer, copied, part, shapes, scalars, meta, began))
+        self._jobs.put(Job(id, buffer, copied, part, shapes, scalars, meta, cut, began))
 
     def poll(self) -> None:
         """Raises what a save in the background met, unless it was an outage of the store (`failed` counts those)."""
@@ -133,7 +128,7 @@ class StateWriter:
         return _fit(self._free.get(), numel, like[0] if like else torch.empty(0))
 
     def _work(self) -> None:
-        _give_way()
+        give_way()
         while True:
             job = self._jobs.get()
             try:
@@ -159,15 +154,16 @@ class StateWriter:
         url = storage.join(self._folder, str(job.id))
         data = bytes_of(job.buffer)
         starts = range(0, len(data), fmt.FILE_BYTES)
-        files = in_parallel(lambda start: self._upload(url, data[start : start + fmt.FILE_BYTES], start), starts)
-        part = fmt.Part(job.part.pieces, job.part.kinds, files)
+        files = in_parallel(
+            lambda start: self._upload(url, data[start : start + fmt.FILE_BYTES], start), starts, UPLOADS
+        )
+        ruled = job.cut is not None and job.cut.pieces(self._rank) == job.part.pieces
+        part = fmt.Part(None if ruled else job.part.pieces, job.part.kinds, files)
         self._release(job)
-        if self._rank != 0:
-            storage.publish(_part_url(url, self._rank), fmt.encode_part(part), PATIENCE_S)
+        written = parts.hand_in(url, self._rank, self._size, part)
+        if written is None:
             return
-        parts = [part, *(self._await_part(url, rank) for rank in range(1, self._size))]
-        sizes = (fmt.FILE_BYTES, fmt.BLOCK_BYTES)
-        manifest = fmt.Manifest(job.id, job.shapes, parts, job.scalars, job.meta, *sizes)
+        manifest = _manifest(job, written)
         fmt.check_complete(manifest, str(job.id))
         self._may_publish()
         storage.publish(storage.join(url, fmt.MANIFEST), fmt.encode_manifest(manifest), PATIENCE_S)
@@ -179,63 +175,12 @@ class StateWriter:
         crc32 = [zlib.crc32(content[i : i + fmt.BLOCK_BYTES]) for i in range(0, len(content), fmt.BLOCK_BYTES)]
         return fmt.File(name, len(content), hashlib.sha256(content).hexdigest(), crc32)
 
-    def _await_part(self, url: str, rank: int) -> fmt.Part:
-        deadline = time.monotonic() + PARTS_PATIENCE_S
-        pause = 0.02
-        while True:
-            try:
-                part_url = _part_url(url, rank)
-                return fmt.decode_part(storage.read(part_url, PATIENCE_S), storage.redact(part_url))
-            except NotFoundError:
-                if time.monotonic() > deadline:
-                    raise UnreachableError(
-                        f"rank {rank} has not written its part of {storage.redact(url)} in {PARTS_PATIENCE_S:.0f} s"
-                    ) from None
-            time.sleep(pause)
-            pause = min(1.0, 1.5 * pause)
-
-
-T = TypeVar("T")
-
-
-def in_parallel(action: Callable[[int], T], items: Sequence[int], threads: int = UPLOADS) -> list[T]:
-    """[action(item) …] by a few threads; raises the first error. They are daemons: a process that is to end, ends."""
-    results: dict[int, T] = {}
-    errors: list[BaseException] = []
-    rest = iter(items)
-    lock = threading.Lock()
-
-    def work() -> None:
-        _give_way()
-        while not errors:
-            with lock:
-                item = next(rest, None)
-            if item is None:
-                return
-            try:
-                results[item] = action(item)
-            except BaseException as error:  # raised below, in the caller's thread
-                errors.append(error)
-
-    workers = [threading.Thread(target=work, daemon=True) for _ in range(min(threads, len(items)))]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    if errors:
-        raise errors[0]
-    return [results[item] for item in items]
-
 
 def _fit(buffer: Tensor | None, numel: int, like: Tensor) -> Tensor:
     """A host buffer for so many elements, pinned if they come from a GPU; the one that is there, if it fits."""
     if buffer is None or buffer.numel() != numel:
         buffer = torch.empty(numel, dtype=torch.float32, pin_memory=like.is_cuda)
     return buffer
-
-
-def _part_url(url: str, rank: int) -> str:
-    return storage.join(url, f"part-{rank:05d}.json")
 
 
 @torch.no_grad()
@@ -255,9 +200,13 @@ def _copy_to_host(buffer: Tensor, tensors: dict[str, Sequence[Tensor]]) -> Calla
     return done.synchronize
 
 
-def _give_way() -> None:
-    """Lowers the calling thread's priority; on Linux a niceness belongs to the thread."""
-    try:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-    except (AttributeError, OSError):
-        pass
+def _manifest(job: Job, parts: list[fmt.Part]) -> fmt.Manifest:
+    """By the rule of the cut if all parts follow it, else with the pieces of each."""
+    cut = job.cut
+    if cut is not None and any(part.pieces is not None for part in parts):
+        parts = [
+            fmt.Part(cut.pieces(rank) if part.pieces is None else part.pieces, part.kinds, part.files)
+            for rank, part in enumerate(parts)
+        ]
+        cut = None
+    return fmt.Manifest(job.id, job.shapes, parts, job.scalars, job.meta, fmt.FILE_BYTES, fmt.BLOCK_BYTES, cut)

@@ -108,13 +108,13 @@ def find_origin(url: str) -> str:
 
 def init_from(url: str, cfg: Config, world: World, engine: Engine, ema: Ema) -> None:
     """Fills masters and averages (and moments, from a state) in place; all ranks call it."""
-    # The first rank decides: while a run that goes on is the origin, its newest state isn't the same for all.
-    origin = _read(broadcast_object(world, find_origin(url) if world.is_first else ""), cfg)
+    # The first rank reads: while a run that goes on is the origin, its newest state isn't the same for all.
+    origin = broadcast_object(world, _read(find_origin(url), cfg) if world.is_first else None)
     ours = task_of(cfg)
     if origin.manifest is not None and not snapshot.changes(origin.task, ours):
-        manifest, _ = read_state(origin.url, engine, ema)
-        engine.load_scalars(manifest.scalars)
-        ema.clock = manifest.meta["step"] + manifest.meta.get("ema_clock", 0)
+        read_state(origin.url, origin.manifest, engine, ema)
+        engine.load_scalars(origin.manifest.scalars)
+        ema.clock = origin.manifest.meta["step"] + origin.manifest.meta.get("ema_clock", 0)
     else:
         weights = snapshot.fit(_weights(origin), origin.task, ours)
         for piece in engine.pieces():

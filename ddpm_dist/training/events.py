@@ -87,8 +87,8 @@ class EventLog:
 
     def _publish(self, patience_s: float) -> None:
         for file in sorted(self._folder.iterdir()):
-            data = file.read_bytes()
-            if len(data) != self._published.get(file.name):
+            if file.stat().st_size != self._published.get(file.name):
+                data = file.read_bytes()
                 storage.publish(storage.join(self._url, file.name), data, patience_s)
                 self._published[file.name] = len(data)
 

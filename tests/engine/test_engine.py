@@ -17,6 +17,7 @@ from ddpm_dist.engine.checks import check
 from ddpm_dist.engine.engine import Engine
 from ddpm_dist.engine.world import World, gather_objects
 from ddpm_dist.errors import ConfigError
+from ddpm_dist.state.cut import cut_of
 from ddpm_dist.training.ema import Ema
 from tests.engine import worker_group as group
 
@@ -56,6 +57,7 @@ def train(world: World, stage: int, precision: str, accumulation: int, steps: in
         "scalars": engine.scalars(),
         "optimizer": type(engine._ds.optimizer).__name__,
         "addresses": gather_objects(world, [piece.address for piece in engine.pieces()]),
+        "cut": [cut_of(stage, world.size, engine.shapes).pieces(rank) for rank in range(world.size)],
     }
 
 
@@ -200,6 +202,7 @@ def test_pieces_partition_every_parameter(trained: Any) -> None:
             for piece, offset, numel in addresses:
                 owned[offset : offset + numel] += piece == name
         assert owned.eq(1).all(), name
+    assert ranks[0]["addresses"] == ranks[0]["cut"], "by the rule that training states rest on"
     assert ranks[0]["norms"] == ranks[1]["norms"]
 
 

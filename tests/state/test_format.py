@@ -1,17 +1,19 @@
 """The state's format and history as pure functions, against the plainest way to say the same."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given, strategies as st
 
+from ddpm_dist.engine.pieces import shares
 from ddpm_dist.errors import DamagedStateError, StateError
+from ddpm_dist.state.cut import RULES, Cut
 from ddpm_dist.state.format import (
     ELEMENT_BYTES,
     File,
     Manifest,
     Part,
-    Source,
     StateId,
     check_complete,
     decode_manifest,
@@ -21,6 +23,7 @@ from ddpm_dist.state.format import (
     states_within,
     valid_states,
 )
+from ddpm_dist.state.source import Source
 
 KINDS = ["weights", "exp_avg", "ema"]
 
@@ -41,8 +44,38 @@ def manifest_of(shapes: dict[str, list[int]], owners: dict[str, list[int]], rank
     return Manifest(StateId(7, 2), shapes, parts, {"optimizer_steps": 7}, {"step": 7, "loss": 0.1}, 64, 16)
 
 
+def ruled(cut: Cut) -> Manifest:
+    """What so many ranks wrote that followed the rule."""
+    shapes = {name: [numel] for name, numel in cut.numels.items()}
+    parts = []
+    for rank, elements in enumerate(cut.elements().tolist()):
+        size = ELEMENT_BYTES * len(KINDS) * elements
+        parts.append(Part(None, KINDS, [File(f"{rank:05d}-000.f32", size, "0" * 64, [0])] if size else []))
+    return Manifest(StateId(7, 2), shapes, parts, {"optimizer_steps": 7}, {"step": 7, "loss": 0.1}, 64, 16, cut)
+
+
+@st.composite
+def cuts(draw: st.DrawFn) -> Cut:
+    numels = draw(st.lists(st.integers(1, 40), min_size=1, max_size=6))
+    rule = draw(st.sampled_from(sorted(set(RULES.values()))))
+    return Cut(rule, draw(st.integers(1, 9)), {f"p{i}": numel for i, numel in enumerate(numels)})
+
+
+@given(cuts())
+def test_a_cut_gives_each_element_to_one_rank(cut: Cut) -> None:
+    owned = [(name, i) for rank in range(cut.ranks) for name, at, n in cut.pieces(rank) for i in range(at, at + n)]
+    assert sorted(owned) == sorted((name, i) for name, numel in cut.numels.items() for i in range(numel))
+    assert cut.elements().tolist() == [sum(n for _, _, n in cut.pieces(rank)) for rank in range(cut.ranks)]
+    if cut.rule == "even":
+        assert [cut.pieces(rank) for rank in range(cut.ranks)] == [
+            shares(dict(cut.numels), rank, cut.ranks) for rank in range(cut.ranks)
+        ]
+
+
 @st.composite
 def manifests(draw: st.DrawFn) -> Manifest:
+    if draw(st.booleans()):
+        return ruled(draw(cuts()))
     ranks = draw(st.integers(1, 4))
     numels = draw(st.lists(st.integers(1, 12), min_size=1, max_size=4))
     owners = {f"p{i}": draw(st.lists(st.integers(0, ranks - 1), min_size=n, max_size=n)) for i, n in enumerate(numels)}
@@ -53,7 +86,8 @@ def manifests(draw: st.DrawFn) -> Manifest:
 def test_segments_find_every_element_where_it_was_put(manifest: Manifest, data: st.DataObject) -> None:
     place = {}  # (rank, position in its stream) -> what stands there
     for rank, part in enumerate(manifest.parts):
-        stream = [(kind, n, o + i) for kind in part.kinds for n, o, count in part.pieces for i in range(count)]
+        pieces = manifest.pieces(rank)
+        stream = [(kind, n, o + i) for kind in part.kinds for n, o, count in pieces for i in range(count)]
         place |= {(rank, position): element for position, element in enumerate(stream)}
     name = data.draw(st.sampled_from(sorted(manifest.shapes)))
     kind = data.draw(st.sampled_from(KINDS))
@@ -77,6 +111,25 @@ def test_a_manifest_survives_its_encoding(manifest: Manifest) -> None:
 SMALL = manifest_of({"w": [2, 3], "b": [3]}, {"w": [0, 0, 0, 1, 1, 1], "b": [1, 1, 1]}, 2)
 
 
+def test_small_manifests_are_what_they_were() -> None:
+    """Byte for byte as version 0.1.0 wrote them, with all pieces."""
+    body = {
+        "step": 7, "attempt": 2, "shapes": SMALL.shapes, "parts": [asdict(part) for part in SMALL.parts],
+        "scalars": SMALL.scalars, "meta": SMALL.meta, "file_bytes": 64, "block_bytes": 16,
+    }  # fmt: skip
+    text = json.dumps(body, separators=(",", ":")).encode()
+    head, _, rest = encode_manifest(SMALL).partition(b"\n")
+    assert rest == text + b"\n"
+    assert json.loads(head)["version"] == 1
+    assert json.loads(encode_manifest(ruled(Cut("each", 2, {"w": 3}))).partition(b"\n")[0])["version"] == 2
+
+
+def test_a_rule_that_is_not_known_is_refused() -> None:
+    data = encode_manifest(ruled(Cut("odd", 2, {"w": 3})))  # type: ignore[arg-type]
+    with pytest.raises(DamagedStateError, match="odd"):
+        decode_manifest(data, "m")
+
+
 @pytest.mark.parametrize("keep", [0, 1, 40, 200, -2])
 def test_a_truncated_manifest_is_refused(keep: int) -> None:
     with pytest.raises(DamagedStateError, match=r"^runs/x/manifest.json"):
@@ -93,13 +146,13 @@ def test_an_altered_or_foreign_manifest_is_refused() -> None:
         decode_manifest(b"\x80\x04pickled", "m")
     with pytest.raises(DamagedStateError, match="foreign format, 'other'"):
         decode_manifest(data.replace(b"ddpm_dist training state", b"other"), "m")
-    with pytest.raises(StateError, match=r"version 2 .*reads 1") as error:
-        decode_manifest(data.replace(b'"version": 1', b'"version": 2'), "m")
+    with pytest.raises(StateError, match=r"version 3 .*reads 1 and 2") as error:
+        decode_manifest(data.replace(b'"version": 1', b'"version": 3'), "m")
     assert not isinstance(error.value, DamagedStateError), "a newer program can read it, so no older one is taken"
 
 
 def test_missing_and_doubled_elements_are_found() -> None:
-    lost = Part(SMALL.parts[1].pieces[1:], KINDS, [File("f", 4 * 3 * 3, "", [0])])
+    lost = Part(SMALL.pieces(1)[1:], KINDS, [File("f", 4 * 3 * 3, "", [0])])
     with pytest.raises(DamagedStateError, match="3 elements of w"):
         check_complete(Manifest(SMALL.id, SMALL.shapes, [SMALL.parts[0], lost], {}, {}, 64, 16), "m")
     with pytest.raises(DamagedStateError, match="elements 3 to 0 of w"):

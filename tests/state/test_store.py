@@ -17,7 +17,8 @@ from ddpm_dist.config import Config
 from ddpm_dist.engine.pieces import Piece
 from ddpm_dist.engine.world import World
 from ddpm_dist.errors import ClaimError, DamagedStateError, StateError, StorageError, UnreachableError
-from ddpm_dist.state import format as fmt, history, reader, writer as writing
+from ddpm_dist.state import format as fmt, history, parts, reader
+from ddpm_dist.state.cut import Cut, cut_of
 from ddpm_dist.state.reader import Target, read_full, read_into, read_manifest
 from ddpm_dist.state.store import StateStore
 from ddpm_dist.state.writer import StateWriter
@@ -445,12 +446,45 @@ def test_ranges_of_a_state_of_two_ranks(two_ranks: tuple[str, dict[str, Tensor]]
 
 
 def test_without_every_part_there_is_no_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing, "PARTS_PATIENCE_S", 0.3)
+    monkeypatch.setattr(parts, "PARTS_PATIENCE_S", 0.3)
     writer = StateWriter(f"file://{tmp_path}", 0, 2, lambda state: None, lambda: None)
     writer.save(fmt.StateId(5, 1), {"weights": [torch.zeros(4)]}, [("w", 0, 4)], {"w": [8]}, {}, {})
     with pytest.raises(UnreachableError):
         writer.wait()
     assert not list(tmp_path.glob("*/manifest.json"))
+
+
+def write_cut(url: str, cut: Cut, full: dict[str, Tensor], odd: int | None = None) -> str:
+    """URL of a state that as many ranks wrote; the pieces of rank `odd` are not what the rule says."""
+    writers = [StateWriter(url, rank, cut.ranks, lambda state: None, lambda: None) for rank in range(cut.ranks)]
+    shapes = {name: list(tensor.shape) for name, tensor in full.items()}
+    for rank, writer in enumerate(writers):
+        pieces = cut.pieces(rank)[:: -1 if rank == odd else 1]
+        tensors = [full[name].view(-1)[offset : offset + numel] for name, offset, numel in pieces]
+        writer.save(
+            fmt.StateId(5, 1), {"weights": tensors, "ema": [2 * t for t in tensors]}, pieces, shapes, {}, {}, cut
+        )
+    for writer in reversed(writers):
+        writer.wait()
+    return storage.join(url, "000000005-0001")
+
+
+@pytest.mark.parametrize("odd", [None, 3])
+def test_many_ranks_hand_in_by_groups_and_by_rule(
+    odd: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "GROUP", 4)
+    full = {name: torch.randn(shape) for name, shape in SHAPES.items()}
+    url = write_cut(f"file://{tmp_path}", cut_of(3, 10, SHAPES), full, odd)
+    names = {path.name for path in tmp_path.glob("*/part*")}
+    assert names == {f"part-{r:05d}.json" for r in (1, 2, 3, 5, 6, 7, 9)} | {"parts-00004.json", "parts-00008.json"}
+    manifest = read_manifest(url)
+    assert (manifest.cut is None) == (odd is not None)
+    assert b'"pieces"' not in storage.read(f"{url}/parts-00004.json")
+    assert (b'"pieces"' in storage.read(f"{url}/manifest.json")) == (odd is not None)
+    for kind, factor in (("weights", 1), ("ema", 2)):
+        for name, tensor in read_full(url, manifest, kind):
+            assert torch.equal(tensor, factor * full[name])
 
 
 def test_on_a_real_s3_server(bucket_url: str) -> None:
