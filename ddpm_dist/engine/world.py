@@ -137,9 +137,9 @@ def gather_tensor(world: World, tensor: Tensor) -> Tensor:
     tensor = tensor.detach().to(world.device).contiguous()
     if world.size == 1:
         return tensor
-    found = tensor.new_empty((tensor.shape[0] * world.size, *tensor.shape[1:]))
-    dist.all_gather_into_tensor(found, tensor)
-    return found
+    found = [torch.empty_like(tensor) for _ in range(world.size)]
+    dist.all_gather(found, tensor)
+    return torch.cat(found)
 
 
 def _environment_int(name: str, default: int) -> int:
