@@ -28,6 +28,7 @@ from ddpm_dist.recipe import load_config
 from ddpm_dist.snapshot import network_of
 from ddpm_dist.state import format as fmt, reader
 from ddpm_dist.state.reader import Target
+from ddpm_dist.state.source import Source
 
 KINDS = ["weights", "exp_avg", "exp_avg_sq", "ema"]
 SHARD_BYTES = 2_100_000
@@ -216,7 +217,7 @@ def resume(url: str, stage: int, ranks: int) -> dict[str, float]:
     manifest = reader.read_manifest(url)
     decoded = time.process_time()
     targets = [Target(kind, *address[:2], torch.empty(address[2])) for address in owned for kind in KINDS]
-    copies = reader._plan(fmt.Source(manifest), targets, [bytes_of(target.tensor) for target in targets])
+    copies = reader._plan(Source(manifest), targets, [bytes_of(target.tensor) for target in targets])
     planned = time.process_time()
     return {
         "decode seconds": decoded - began,
