@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_dist import cli
+from ddpm_dist.config import Precision
 from ddpm_dist.errors import ConfigError
 from ddpm_dist.planning import (
     CARDS,
@@ -50,11 +51,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     places = [f"cluster.workers={args.gpus}", f"cluster.gpus_per_worker={int(card.per_node > 1)}"]
     cfg = load_config(args.config, [*NOWHERE, *args.overrides, *places])
     setting = Setting(args.gpus, nodes, card, args.network * GB, args.images_per_second)
-    counted = count(cfg)
+    counted, changed = count(cfg), dict(args.set or [])
 
-    def again(place: Setting, stage: int | None = None, batch: int | None = None) -> Plan:
+    def again(
+        place: Setting, stage: int | None = None, batch: int | None = None, precision: Precision | None = None
+    ) -> Plan:
         hours = args.mtbf_hours and args.mtbf_hours * args.gpus / place.gpus
-        return plan_of(cfg, place, args.store * GB, hours, counted, stage, batch)
+        other = cfg.model_copy(update={"precision": precision}) if precision else cfg
+        return plan_of(other, place, args.store * GB, hours, None if precision else counted, stage, batch, changed)
 
     plan = again(setting)
     others = otherwise(cfg, plan, again)
@@ -63,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.picture:
         sizes = {one.plan.step.setting.gpus: one.plan for one in others if one.what.endswith("GPUs")}
         _write(args.picture, as_svg(f"{name} on {card.name}", list({**sizes, args.gpus: plan}.values())))
-    outcomes = _simulated(plan, args) if args.simulate else []
+    outcomes = _simulated(plan, args, changed) if args.simulate else []
     if args.json:
         simulated = [{"what": what, **vars(outcome)} for what, outcome in outcomes]
         print(json.dumps({**as_dict(name, plan, others, advised), "simulated": simulated}, indent=2))
@@ -80,9 +84,8 @@ def _write(path: Path, text: str) -> None:
         raise ConfigError(f"--picture {path}: {error.strerror}") from None
 
 
-def _simulated(plan: Plan, args: argparse.Namespace) -> list[tuple[str, Outcome]]:
+def _simulated(plan: Plan, args: argparse.Namespace, changed: dict[str, float]) -> list[tuple[str, Outcome]]:
     """The plan at its best interval, at the recipe's, and with other failures, restarts and spares."""
-    changed = dict(args.set or [])
     best = scenario_of(plan, plan.best_s, changed)
     constants = best.constants
     slow = {name: 4 * constants[name] for name in ("process_restart", "node_detection", "node_replacement")}
@@ -147,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=cli.seed, default=0, help="of the simulation")
     parser.add_argument(
         "--set", type=_assignment, action="append", metavar="NAME=NUMBER",
-        help=f"another constant of the simulation: {', '.join(CONSTANTS)}",
+        help=f"another constant of plan and simulation: {', '.join(CONSTANTS)}",
     )  # fmt: skip
     parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="step and memory by number of GPUs")
     parser.add_argument("--json", action="store_true", help="everything, for programs")

@@ -3,8 +3,6 @@
 import math
 from dataclasses import dataclass
 
-from ddpm_dist.planning.failures import CONSTANTS
-
 MOMENTS = 2
 COPY_BYTES_PER_S = 20e9
 """From a GPU to pinned memory: an assumption, as of PCIe 4 with 16 lanes."""
@@ -30,12 +28,13 @@ class Saving:
     """Until it is published; a failure before loses it."""
 
 
-def saving(parameters: int, averages: int, ranks: int, nodes: int, store: float, step_s: float) -> Saving:
+def saving(
+    parameters: int, averages: int, ranks: int, nodes: int, store: float, step_s: float, part_s: float
+) -> Saving:
     """A save of `ranks` on `nodes`, each node with `store` bytes/s to the store: all write their shares at once,
-    and the first rank sees that each part is there."""
+    and the first rank sees in `part_s` that each part is there."""
     size = state_bytes(parameters, averages)
-    seen = ranks * CONSTANTS["per_part"].value
-    return Saving(STALL_SHARE * step_s + size / ranks / COPY_BYTES_PER_S, size / nodes / store + seen)
+    return Saving(STALL_SHARE * step_s + size / ranks / COPY_BYTES_PER_S, size / nodes / store + ranks * part_s)
 
 
 def young(stall_s: float, mtbf_s: float) -> float:

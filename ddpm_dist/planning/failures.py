@@ -54,3 +54,8 @@ CONSTANTS = {
     "spares": Constant(0.02, "", "spare nodes per node, at least one", "assumed"),
 }  # fmt: skip
 """By the name that --set takes."""
+
+
+def values(**changed: float) -> dict[str, float]:
+    """The constants' values by name, some of them changed."""
+    return {name: constant.value for name, constant in CONSTANTS.items()} | changed

@@ -8,6 +8,8 @@ from ddpm_dist.planning.network import BYTES, Counted
 
 ALLGATHER_ELEMENTS = 2 * MAX_BUCKET_ELEMENTS
 """Weights that a rank gets at once after a step (engine/start.py)."""
+REUSE_ELEMENTS = 10**9
+"""DeepSpeed's stage3_max_reuse_distance, which we leave at its default."""
 CONTEXT_BYTES = 600 * 2**20
 """CUDA's context and the libraries' workspaces on a GPU: what such processes are seen to take; not measured by us."""
 SLACK = 1.1
@@ -56,7 +58,7 @@ def bytes_between_steps(
 def bytes_of_gradients(numels: Sequence[int], stage: int, precision: str, ranks: int) -> float:
     """What the backward pass and the reduction need beside that: gradients in compute precision and float32 buckets.
 
-    Stages 0 and 1 hold them whole, 2 and 3 a rank's share and a bucket.
+    Stages 0 and 1 hold them whole, 2 and 3 a rank's share and a bucket; stage 3 the weights as well.
     """
     total, weight = sum(numels), BYTES[precision]
     bucket = 4 * min(total, MAX_BUCKET_ELEMENTS)
@@ -66,7 +68,15 @@ def bytes_of_gradients(numels: Sequence[int], stage: int, precision: str, ranks:
         return weight * total + bucket + (0 if precision == "bf16" else 4 * total / ranks)
     if stage == 2:
         return 4 * total / ranks + 2 * bucket
-    return bucket + weight * max(numels)
+    return bucket + weight * (total if stays_gathered(total) else max(numels))
+
+
+def stays_gathered(elements: int) -> bool:
+    """Whether stage 3 keeps the weights of a network whole from their use in the forward to that in the backward pass.
+
+    It does where they are used again within REUSE_ELEMENTS, and the first one's way is twice through all of them.
+    """
+    return 2 * elements < REUSE_ELEMENTS
 
 
 def memory_of(

@@ -1,11 +1,11 @@
 """A run on some GPUs from its first image to its last: step, states, failures, days; and what it would be otherwise."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from ddpm_dist.config import Config
 from ddpm_dist.planning.checkpoint import Saving, best_interval, daly, goodput, saving, state_bytes, young
-from ddpm_dist.planning.failures import CONSTANTS, hours_between_failures
+from ddpm_dist.planning.failures import hours_between_failures, values
 from ddpm_dist.planning.network import Counted, count
 from ddpm_dist.planning.simulation import Scenario
 from ddpm_dist.planning.step import Setting, StepPlan, step_on
@@ -87,18 +87,24 @@ def plan_of(
     counted: Counted | None = None,
     stage: int | None = None,
     batch: int | None = None,
+    changed: Mapping[str, float] | None = None,
 ) -> Plan:
     """The plan of a recipe. store: bytes/s of a node to and from the store. mtbf_hours: of the whole run; by default
-    that of published clusters. stage, batch: instead of the recipe's, at the same number of images."""
+    that of published clusters. stage, batch: instead of the recipe's, at the same number of images. changed: constants
+    of failures and restarts.
+    """
+    constants = values(**(changed or {}))
     counted = counted or count(cfg)
     step = step_on(cfg, counted, setting, stage, batch)
     averages, images = 1 + len(cfg.ema.power), cfg.train.steps * cfg.train.global_batch
     size = state_bytes(counted.parameters, averages)
-    cost = saving(counted.parameters, averages, setting.gpus, setting.nodes, store, step.seconds)
+    cost = saving(counted.parameters, averages, setting.gpus, setting.nodes, store, step.seconds, constants["per_part"])
     mtbf_s = 3600 * (mtbf_hours or hours_between_failures(setting.gpus))
     read_s = size / setting.nodes / store
-    scenario = Scenario.of(setting.gpus, setting.nodes, step.batch.share * setting.gpus, 1.0, cost, read_s, mtbf_s)
-    share = CONSTANTS["process_share"].value
+    scenario = Scenario(
+        setting.gpus, setting.nodes, step.batch.share * setting.gpus, 1.0, cost, read_s, mtbf_s, constants
+    )
+    share = constants["process_share"]
     restart = share * scenario.restart_s(False) + (1 - share) * scenario.restart_s(True)
     interval = cfg.checkpoint.every_steps * step.seconds
     best = best_interval(cost, mtbf_s, step.seconds)
@@ -109,14 +115,15 @@ def scenario_of(plan: Plan, interval_s: float, changed: dict[str, float]) -> Sce
     """What `simulate` runs, with the constants that are `changed`."""
     setting = plan.step.setting
     batch = plan.step.batch.share * setting.gpus
-    arguments = (setting.gpus, setting.nodes, batch, interval_s, plan.cost, plan.read_s, plan.mtbf_s)
-    return Scenario.of(*arguments, **changed)
+    return Scenario(
+        setting.gpus, setting.nodes, batch, interval_s, plan.cost, plan.read_s, plan.mtbf_s, values(**changed)
+    )
 
 
 def otherwise(cfg: Config, plan: Plan, again: Callable[..., Plan]) -> list[Otherwise]:
     """Fewer and more GPUs, larger batches and other stages that fit, each with why one would.
 
-    again: `plan_of` for another (setting, stage, batch).
+    again: `plan_of` for another (setting, stage, batch, precision).
     """
     setting, batch = plan.step.setting, cfg.train.global_batch
     per_node = max(1, setting.gpus // setting.nodes)
@@ -132,6 +139,8 @@ def otherwise(cfg: Config, plan: Plan, again: Callable[..., Plan]) -> list[Other
     for stage in (1, 2, 3):
         if stage != plan.step.stage:
             found.append(Otherwise(f"zero.stage={stage}", again(setting, stage, None)))
+    if cfg.precision == "fp32" and "bf16" in setting.card.peak and setting.images_per_s is None:
+        found.append(Otherwise("precision=bf16 (another run)", again(setting, cfg.zero.stage or 1, None, "bf16")))
     return [one for one in found if one.plan.step.fits]
 
 
@@ -156,4 +165,7 @@ def advice(plan: Plan, others: list[Otherwise]) -> str:
         return (
             f"checkpoint.every_steps={plan.best_steps}: goodput {plan.best_goodput:.1%} instead of {plan.goodput:.1%}"
         )
+    faster = [o for o in others if o.what.startswith("precision") and o.plan.days < plan.days / 2]
+    if faster:
+        return f"as it is, or with {faster[0].what}: {faster[0].plan.days:.2g} days instead of {plan.days:.2g}"
     return "as it is"

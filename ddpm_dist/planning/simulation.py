@@ -9,12 +9,11 @@ training ──failure of a process──▶ restart ──▶ training from the
 import heapq
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil, log2
-from typing import Any
 
 from ddpm_dist.planning.checkpoint import Saving
-from ddpm_dist.planning.failures import CONSTANTS
+from ddpm_dist.planning.failures import values
 
 
 @dataclass(frozen=True)
@@ -31,13 +30,7 @@ class Scenario:
     """For the state to come back from the store."""
     mtbf_s: float
     """Of the whole run at its full size; with fewer nodes it grows."""
-    constants: Mapping[str, float]
-
-    @classmethod
-    def of(cls, *args: Any, **changed: float) -> "Scenario":
-        """With CONSTANTS, of which some may be `changed`."""
-        constants = {name: constant.value for name, constant in CONSTANTS.items()} | changed
-        return cls(*args, constants)  # type: ignore[call-arg]
+    constants: Mapping[str, float] = field(default_factory=values)
 
     def restart_s(self, node_lost: bool) -> float:
         """From the failure until training goes on, where a node is at hand."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ddpm_dist.engine import MAX_BUCKET_ELEMENTS, PERSISTENT_ELEMENTS
 from ddpm_dist.planning.cards import Card
+from ddpm_dist.planning.memory import stays_gathered
 from ddpm_dist.planning.network import BYTES
 
 REDUCED_BYTES = 4
@@ -38,19 +39,19 @@ def traffic_of(numels: Sequence[int], stage: int, precision: str, accumulation: 
     """A step's collectives. numels: elements of each parameter. accumulation: micro-batches of the step.
 
     Counted on DeepSpeed by tests/planning/test_traffic.py. Stages 0 and 1 reduce once a step, stages 2 and 3 in each
-    micro-batch; stages 1 and 2 gather the new weights once, stage 3 gathers those that aren't persistent for the
-    forward and for the backward pass of each micro-batch, and the persistent ones after the step.
+    micro-batch; stages 1 and 2 gather the new weights once, stage 3 gathers those that aren't persistent in each
+    micro-batch (again for the backward pass where they aren't kept), and the persistent ones after the step.
     """
     total, weight = sum(numels), BYTES[precision]
     buckets = math.ceil(total / MAX_BUCKET_ELEMENTS)
     if stage == 3:
         cut = [numel for numel in numels if numel > PERSISTENT_ELEMENTS]
-        kept = total - sum(cut)
+        kept, times = total - sum(cut), 1 if stays_gathered(total) else 2
         return Traffic(
             all_reduced=0,
             reduce_scattered=REDUCED_BYTES * total * accumulation,
-            gathered=weight * (2 * sum(cut) * accumulation + kept),
-            collectives=accumulation * (buckets + 2 * len(cut)) + 1,
+            gathered=weight * (times * sum(cut) * accumulation + kept),
+            collectives=accumulation * (buckets + times * len(cut)) + 1,
         )
     rounds = accumulation if stage == 2 else 1
     gathered = 0 if stage == 0 else weight * total

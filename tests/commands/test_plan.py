@@ -1,6 +1,7 @@
 """tools/plan.py: what it prints, draws and refuses."""
 
 import json
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -8,6 +9,7 @@ import pytest
 
 from ddpm_dist.commands import plan
 from ddpm_dist.errors import ConfigError
+from ddpm_dist.recipe import recipes
 
 
 def test_a_plan_in_words_and_as_a_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -93,3 +95,19 @@ def test_numbers_that_are_none(words: list[str], capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         plan.main(["--config", "cifar10", "--gpus", "8", *words])
     assert "expected" in capsys.readouterr().err
+
+
+PLANNED = re.compile(
+    r"# Planned, not measured: `ddpm-plan (.*?)`: ([\d,]+) images/s, ([\d.,]+) days, ([\d,]+) GPU-hours\."
+)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "lsun256", "celebahq256"])
+def test_the_recipes_heads_quote_it(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    quoted = PLANNED.search(recipes()[name].read_text())
+    assert quoted, f"{name}: its head says what a run would take"
+    words, *figures = quoted.groups()
+    plan.main(words.split())
+    out = capsys.readouterr().out
+    for figure, noun in zip(figures, ("images/s", "days", "GPU-hours"), strict=True):
+        assert f" {figure} {noun}" in out
