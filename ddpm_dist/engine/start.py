@@ -33,9 +33,10 @@ def load_deepspeed() -> Any:
 
 
 def initialize(network: nn.Module, adam: torch.optim.Optimizer, settings: dict[str, Any], world: World) -> Any:
-    """DeepSpeed's engine. It takes LOCAL_RANK for the number of the device, which it isn't where a process sees one."""
-    local_rank = os.environ["LOCAL_RANK"]
-    os.environ["LOCAL_RANK"] = str(world.device.index or 0)
+    """DeepSpeed's engine. It takes LOCAL_RANK for the number of the device, which it isn't where a process sees one,
+    and asserts that Open MPI's is the same."""
+    told = {name: os.environ[name] for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK") if name in os.environ}
+    os.environ.update(dict.fromkeys(told, str(world.device.index or 0)))
     try:
         # It prints memory figures, whatever the log level.
         with contextlib.redirect_stdout(None), _nothing_to_collect():
@@ -43,7 +44,7 @@ def initialize(network: nn.Module, adam: torch.optim.Optimizer, settings: dict[s
                 model=network, optimizer=adam, config=settings, dist_init_required=False
             )[0]
     finally:
-        os.environ["LOCAL_RANK"] = local_rank
+        os.environ.update(told)
 
 
 def deepspeed_settings(cfg: Config, world: World, micro_batch: int, accumulation: int, numel: int) -> dict[str, Any]:

@@ -6,11 +6,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch import nn
 
-from ddpm_dist.engine import join as joining, launchers
+from ddpm_dist.engine import World, join as joining, launchers, start
 from ddpm_dist.errors import ClusterError, ConfigError
 from ddpm_dist.recipe import parse_config
 from ddpm_dist.training.entry import _check_size
@@ -136,6 +139,17 @@ def test_two_processes_of_mpirun_are_a_world_of_two() -> None:
         )
     said = sorted(rank.communicate(timeout=120)[0] for rank in ranks)
     assert said == ["rank 0 of 2 sums 3.0\n", "rank 1 of 2 sums 3.0\n"]
+
+
+def test_deepspeed_hears_one_number_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asserts that Open MPI's local rank is its own."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "1")
+    deepspeed = SimpleNamespace(initialize=lambda **_: (dict(os.environ),))
+    monkeypatch.setattr(start, "load_deepspeed", lambda: deepspeed)
+    heard = start.initialize(nn.Identity(), None, {}, World(1, 2, 1, torch.device("cpu"), "gloo"))  # type: ignore[arg-type]
+    assert (heard["LOCAL_RANK"], heard["OMPI_COMM_WORLD_LOCAL_RANK"]) == ("0", "0")
+    assert (os.environ["LOCAL_RANK"], os.environ["OMPI_COMM_WORLD_LOCAL_RANK"]) == ("1", "1")
 
 
 def test_torchrun_is_a_launcher(tmp_path: Path) -> None:
