@@ -514,6 +514,22 @@ def test_a_store_that_can_not_create_once_is_refused_at_the_claim(
     assert len(claims) == 2, "one create, and one that has to fail"
 
 
+def test_where_nobody_may_delete_old_states_stay_with_a_warning(
+    bucket_url: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And the run goes on, and ends well."""
+    cfg = config(f"{bucket_url}/run", checkpoint={"keep_last": 1})
+    with PickyStore(s3_server.endpoint, "nodelete") as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        storage.clear_instances()
+        store, _ = attempt(cfg)
+        save(store, 10, 20, 30)
+        assert store.failed_saves == 0
+        assert [state.step for state in history.read(store.url)[1]] == [30, 20, 10]
+    assert "old states were not removed" in caplog.text
+    assert "s3:DeleteObject" in caplog.text
+
+
 def test_an_outage_of_the_server_during_a_save_only_delays_it(s3_server: S3Server, bucket_url: str) -> None:
     cfg = config(f"{bucket_url}/run")
     store, _ = attempt(cfg)

@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import NoRegionError
 
 from ddpm_dist import cli, storage
 from ddpm_dist.errors import AccessError, StorageError, UnreachableError
@@ -199,6 +200,12 @@ def test_a_wrong_setting_is_named(value: str, monkeypatch: pytest.MonkeyPatch) -
 def test_hadoops_names_are_refused(url: str) -> None:
     with pytest.raises(StorageError, match="write s3://BUCKET/FOLDER"):
         storage.check_access(url)
+
+
+def test_no_region_names_the_variable() -> None:
+    error = classify(NoRegionError(), "s3://bucket/a")
+    assert isinstance(error, AccessError)
+    assert "no region; set AWS_DEFAULT_REGION, or region in the profile" in str(error)
 
 
 class StrangeError(Exception):
