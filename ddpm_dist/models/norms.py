@@ -160,9 +160,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _gradients(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    found = torch.ops.ddpm_dist.group_norm_backward(grad, *ctx.saved_tensors, ctx.silu)
-    embedded = ctx.saved_tensors[3] is not None
-    return (*found[:3], found[3] if embedded else None, None, None, None)
+    saved = ctx.saved_tensors  # once: recomputed activations are there for one look
+    found = torch.ops.ddpm_dist.group_norm_backward(grad, *saved, ctx.silu)
+    return (*found[:3], None if saved[3] is None else found[3], None, None, None)
 
 
 def _refuse(ctx: Any, *grads: Tensor) -> None:
