@@ -38,7 +38,7 @@ class Traffic:
 def traffic_of(numels: Sequence[int], stage: int, precision: str, accumulation: int) -> Traffic:
     """A step's collectives. numels: elements of each parameter. accumulation: micro-batches of the step.
 
-    Counted on DeepSpeed by tests/planning/test_traffic.py. Stages 0 and 1 reduce once a step, stages 2 and 3 in each
+    Read in DeepSpeed 0.19.8. Stages 0 and 1 reduce once a step, stages 2 and 3 in each
     micro-batch; stages 1 and 2 gather the new weights once, stage 3 gathers those that aren't persistent in each
     micro-batch (again for the backward pass where they aren't kept), and the persistent ones after the step.
     """

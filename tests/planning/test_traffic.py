@@ -1,28 +1,9 @@
-"""The formulas of a step's traffic, beside what DeepSpeed really sends between two ranks."""
+"""What the ranks send one another in a step, and how long that takes."""
 
 import pytest
 
 from ddpm_dist.planning.cards import CARDS
 from ddpm_dist.planning.traffic import Traffic, seconds, traffic_of
-from tests.planning.counted_ranks import Case, counted
-
-GATHERS = ("all_gather", "all_gather_into_tensor", "_all_gather_base")
-
-
-CASES: list[Case] = [
-    (0, "fp32", 1), (1, "fp32", 2), (1, "bf16", 1), (1, "bf16", 2), (2, "bf16", 2), (3, "bf16", 1), (3, "bf16", 2),
-]  # fmt: skip
-
-
-@pytest.mark.full
-def test_a_step_sends_what_the_formula_says() -> None:
-    for (stage, precision, accumulation), (numels, sent) in zip(CASES, counted(CASES), strict=True):
-        traffic = traffic_of(numels, stage, precision, accumulation)
-        gathered = sum(sent.get(name, 0) for name in GATHERS)
-        reduced = sum(sent.values()) - gathered
-        case = f"ZeRO-{stage}, {precision}, {accumulation} passes"
-        assert reduced == pytest.approx(traffic.all_reduced + traffic.reduce_scattered, rel=0.02), case
-        assert gathered == pytest.approx(traffic.gathered, rel=0.02), case
 
 
 def test_stage_3_gathers_a_large_network_twice() -> None:
