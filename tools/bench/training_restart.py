@@ -51,7 +51,6 @@ def bench_restart(make_config: Callable[..., Config], server: S3Server, cores: l
                 second = make_config(f"checkpoint.every_steps={EVERY}", f"cluster.workers={workers}", "train.steps=3")
                 for name, spent in _one_round(side, cfg, second, server, cores[:workers]).items():
                     seconds.setdefault(f"{name}_{workers}_{side}", []).append(spent)
-                    print(f"{side}, {workers} workers, {name}: {spent:.2f} s", flush=True)
     medians = {name: statistics.median(found) for name, found in seconds.items()}
     ratios = {
         f"restart_ray_of_ours_{name.removesuffix('_ours')}": medians[name.replace("_ours", "_ray")] / ours
@@ -73,17 +72,22 @@ VICTIMS: dict[str, dict[str, tuple[str, bool]]] = {
 def _one_round(side: str, cfg: Config, second: Config, server: S3Server, cores: list[int]) -> dict[str, float]:
     """A fresh cluster with one job, of which one victim after the other is killed, and then a second, short job."""
     found: dict[str, float] = {}
+
+    def note(name: str, spent: float) -> None:
+        found[name] = spent
+        print(f"{side}, {len(cores)} workers, {name}: {spent:.2f} s", flush=True)
+
     with tempfile.TemporaryDirectory(prefix="ddpm-bench-restart-") as name:
         folder = Path(name)
         with RayCluster(cfg.worker_range[0], {**client_environment(server), "PYTHONPATH": str(ROOT)}) as cluster:
             with _Job(cluster, side, cfg, folder / "first", cores) as job:
-                found["first_job"] = job.first_step()
+                note("first_job", job.first_step())
                 for victim, sides in VICTIMS.items():
                     if side in sides and not (victim == "all_ranks" and len(cores) == 1):
-                        found[victim] = job.kill(*sides[side])
+                        note(victim, job.kill(*sides[side]))
                 job.stop()
             with _Job(cluster, side, second, folder / "second", cores) as job:
-                found["job_on_warm_node"] = job.first_step()
+                note("job_on_warm_node", job.first_step())
     return found
 
 
