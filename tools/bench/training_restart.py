@@ -44,12 +44,15 @@ def bench_restart(make_config: Callable[..., Config], server: S3Server, cores: l
     One worker has a core for itself; two share what there is, on both sides.
     """
     seconds: dict[str, list[float]] = {}
+    everything = sorted(os.sched_getaffinity(0))
     for workers in (1, 2):
         for number in range(rounds):
             for side in ("ours", "ray") if number % 2 == 0 else ("ray", "ours"):
                 cfg = make_config(f"checkpoint.every_steps={EVERY}", f"cluster.workers={workers}")
                 second = make_config(f"checkpoint.every_steps={EVERY}", f"cluster.workers={workers}", "train.steps=3")
-                for name, spent in _one_round(side, cfg, second, server, cores[:workers]).items():
+                for name, spent in _one_round(
+                    side, cfg, second, server, cores if workers == 1 else everything, workers
+                ).items():
                     seconds.setdefault(f"{name}_{workers}_{side}", []).append(spent)
     medians = {name: statistics.median(found) for name, found in seconds.items()}
     ratios = {
@@ -69,24 +72,24 @@ VICTIMS: dict[str, dict[str, tuple[str, bool]]] = {
 """Who is killed -> side -> beginning of its title, and whether all of them are."""
 
 
-def _one_round(side: str, cfg: Config, second: Config, server: S3Server, cores: list[int]) -> dict[str, float]:
+def _one_round(side: str, cfg: Config, second: Config, server: S3Server, cores: list[int], workers: int) -> Found:
     """A fresh cluster with one job, of which one victim after the other is killed, and then a second, short job."""
     found: dict[str, float] = {}
 
     def note(name: str, spent: float) -> None:
         found[name] = spent
-        print(f"{side}, {len(cores)} workers, {name}: {spent:.2f} s", flush=True)
+        print(f"{side}, {workers} workers, {name}: {spent:.2f} s", flush=True)
 
     with tempfile.TemporaryDirectory(prefix="ddpm-bench-restart-") as name:
         folder = Path(name)
         with RayCluster(cfg.worker_range[0], {**client_environment(server), "PYTHONPATH": str(ROOT)}) as cluster:
-            with _Job(cluster, side, cfg, folder / "first", cores) as job:
+            with _Job(cluster, side, cfg, folder / "first", cores, workers) as job:
                 note("first_job", job.first_step())
                 for victim, sides in VICTIMS.items():
-                    if side in sides and not (victim == "all_ranks" and len(cores) == 1):
+                    if side in sides and not (victim == "all_ranks" and workers == 1):
                         note(victim, job.kill(*sides[side]))
                 job.stop()
-            with _Job(cluster, side, second, folder / "second", cores) as job:
+            with _Job(cluster, side, second, folder / "second", cores, workers) as job:
                 note("job_on_warm_node", job.first_step())
     return found
 
@@ -94,13 +97,15 @@ def _one_round(side: str, cfg: Config, second: Config, server: S3Server, cores: 
 class _Job:
     """A side's training on a cluster."""
 
-    def __init__(self, cluster: RayCluster, side: str, cfg: Config, folder: Path, cores: list[int]) -> None:
+    def __init__(
+        self, cluster: RayCluster, side: str, cfg: Config, folder: Path, cores: list[int], workers: int
+    ) -> None:
         folder.mkdir()
         self._cluster, self._url, self._stamps, order = cluster, cfg.run.url, folder / "stamps", folder / "order.json"
         self._stamps.touch()
         self._end = folder / "end"
         orders = {"config": dump_config(cfg), "stamps": str(self._stamps), "end": str(self._end)}
-        order.write_text(json.dumps({**orders, "folder": str(folder), "cores": cores, "workers": len(cores)}))
+        order.write_text(json.dumps({**orders, "folder": str(folder), "cores": cores, "workers": workers}))
         self._lines: list[str] = []
         command = ["python", "tools/bench/training_restart.py", side, str(order)]
         self._thread = threading.Thread(target=_submit, args=(cluster, command, self._lines))
