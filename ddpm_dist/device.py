@@ -14,12 +14,14 @@ import sysconfig
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ddpm_dist.config import ClusterConfig
 from ddpm_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ddpm_dist.config import ClusterConfig
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +31,7 @@ FREE_SHARE = 0.9
 """Of a GPU's memory, which a process that is given the whole of it finds free at its start."""
 
 
-def check_training(cluster: ClusterConfig) -> None:
+def check_training(cluster: "ClusterConfig") -> None:
     """ConfigError for a number of GPUs that a training process can't use: it computes on the CPU, or on one GPU."""
     if cluster.gpus_per_worker not in (0, 1):
         remedy = "NCCL takes no two processes on one GPU" if cluster.gpus_per_worker < 1 else "more would lie idle"
@@ -62,7 +64,7 @@ def select(gpus: float, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank if there > 1 else 0)
 
 
-def set_up(device: torch.device, cluster: ClusterConfig) -> None:
+def set_up(device: torch.device, cluster: "ClusterConfig") -> None:
     """Settles everything in this process that decides which kernels run; before CUDA or DeepSpeed has started.
 
     On a CPU: the number of threads, and GPUs are hidden from libraries that look for themselves. On CUDA: whether the
@@ -133,7 +135,7 @@ def free_bytes(device: torch.device) -> int:
     return max(0, int(min(free, own)))
 
 
-def threads(cluster: ClusterConfig) -> int:
+def threads(cluster: "ClusterConfig") -> int:
     """Threads of torch in a process with a worker's share of CPUs."""
     return max(1, int(cluster.cpus_per_worker))
 

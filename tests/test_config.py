@@ -64,7 +64,7 @@ def test_the_fast_recipe_of_cifar10_is_the_papers_mathematics() -> None:
     found = differences(theirs, ours)
     assert (found["identity"], found["schedule"]) == (["precision: fp32 -> bf16"], [])
     assert {line.partition(":")[0] for line in found["free"]} == {
-        "model.channels_last", "model.compile", "cluster.cpus_per_worker",
+        "model.channels_last", "model.compile", "cluster.cpus_per_worker", "data.workers",
     }  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def test_the_fast_recipe_of_cifar10_is_the_papers_mathematics() -> None:
 )
 def test_loader_processes_by_default_where_there_is_a_gpu(overrides: tuple[str, ...], expected: int) -> None:
     path = next(path for path in RECIPES if path.stem == "digits")
-    assert load_config(path, [*URLS, *overrides]).loader_workers == expected
+    assert load_config(path, [*URLS, *overrides]).data.workers == expected
 
 
 def test_the_papers_training_of_cifar10() -> None:

@@ -88,12 +88,13 @@ BRINGS: dict[str, dict[str, str]] = {
         "order permutation index cache fetch": "numpy",
         "ranges processes daemons": "",
     },
+    "kernels": {},
     "storage": {"*": "", "objects filesystem once": "fsspec"},
     "config": {"*": "pydantic"},
     "": {
         "cli recipe": "pydantic yaml",
         "rng": "torch numpy",
-        "device": "torch pydantic",
+        "device": "torch",
         "progress": "tqdm",
         "*": "",
     },
@@ -170,6 +171,8 @@ def rows() -> dict[str, set[str]]:
         folder = ROOT / Path(*home.split("."))
         for path in sorted(folder.rglob("*.py") if room else folder.glob("*.py")):
             name = ".".join(path.relative_to(folder).with_suffix("").parts).removesuffix(".__init__")
+            if home == "ddpm_dist.kernels" and name != "__init__":
+                continue  # they bring Triton, where there is a GPU
             if name == "__init__":
                 found[home] = ""
                 continue

@@ -26,7 +26,7 @@ class DataConfig(Section):
     a quarter of it, whichever is more; a run that was begun when it was 32 alone keeps that."""
     shuffle_block: Positive = 4096
     """Samples of a stream that are permuted together."""
-    workers: Free[Count | None] = None
+    workers: Free[Count] = 0
     """Loader processes per rank; 0 decodes in a thread. Default: 0 on a CPU; on a GPU, whose host a thread would hold
     up, the worker's CPUs (cluster.cpus_per_worker) but one, at least 1 and at most 4."""
     read_ahead: Free[Positive] = 4

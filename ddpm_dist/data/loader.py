@@ -114,8 +114,8 @@ class Loader:
 
     def _parts(self, start_step: int) -> Iterator[Part]:
         data = self._cfg.data
-        if number := self._cfg.loader_workers:
-            return worker_parts(self._order, self._readers, self._places, start_step, data, number)
+        if data.workers:
+            return worker_parts(self._order, self._readers, self._places, start_step, data)
         return parts(
             self._order,
             self._readers,

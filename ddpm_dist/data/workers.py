@@ -32,11 +32,11 @@ CHECK_PARENT_S = 5.0
 
 
 def worker_parts(
-    order: Order, readers: Sequence[ShardReader], places: tuple[int, int], start_step: int, data: DataConfig, most: int
+    order: Order, readers: Sequence[ShardReader], places: tuple[int, int], start_step: int, data: DataConfig
 ) -> Iterator[Part]:
-    """As `stream.parts`, decoded by at most `most` processes, and never more than there are places."""
+    """As `stream.parts`, decoded by `data.workers` processes."""
     count = places[1] - places[0]
-    number = min(most, count)
+    number = min(data.workers, count)
     shares = [share_of(worker, number, count) for worker in range(number)]
     workers = [
         _Worker(order, readers, (places[0] + low, places[0] + high), start_step, data, number) for low, high in shares
