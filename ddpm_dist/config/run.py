@@ -1,6 +1,6 @@
 """`run:`, and the whole: the sections side by side, and what one says that another must fit."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
@@ -63,21 +63,12 @@ class Config(Section):
     cluster: ClusterConfig = ClusterConfig()
     logging: LoggingConfig = LoggingConfig()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _loader_processes(cls, values: Any) -> Any:
-        """The default of data.workers where a worker computes on a GPU; the number is written down with the run."""
-        data, cluster = (values.get(name) for name in ("data", "cluster")) if isinstance(values, dict) else (None, None)
-        if not isinstance(data, dict) or not isinstance(cluster, dict) or "workers" in data:
-            return values
-        gpus, cpus = cluster.get("gpus_per_worker"), cluster.get("cpus_per_worker", 1)
-        if not isinstance(gpus, int | float) or not isinstance(cpus, int | float) or not gpus > 0:
-            return values
-        return {**values, "data": {**data, "workers": max(1, min(MOST_LOADERS, int(cpus) - 1))}}
-
     @model_validator(mode="after")
     def _combinations(self) -> "Config":
         batch = self.train.global_batch
+        if self.cluster.gpus_per_worker and "workers" not in self.data.model_fields_set:
+            number = max(1, min(MOST_LOADERS, self.threads - 1))  # written down with the run, as if it had been given
+            object.__setattr__(self, "data", self.data.model_copy(update={"workers": number}))
         check_folders(self.run.url, self.data.url)
         check_model(self.model, self.data.image_size)
         check_diffusion(self.diffusion, self.model.num_classes)
