@@ -47,7 +47,7 @@ BRINGS: dict[str, dict[str, str]] = {
         "job": f"torch pydantic ray {SHARDS}",
         "worker export folder": f"torch numpy pydantic {PIXELS}",
         "images": f"torch numpy {PIXELS}",
-        "probing": "torch pydantic",
+        "probing": "torch",
         "plan capture": "torch numpy pydantic",
     },
     "training": {
@@ -59,16 +59,16 @@ BRINGS: dict[str, dict[str, str]] = {
         "flops": "torch numpy pydantic yaml",
         "failures step": f"torch numpy pydantic psutil {PIXELS}",
         "optim": "pydantic",
-        "saved": "torch pydantic psutil yaml",
+        "saved": "torch numpy pydantic psutil yaml",
         "watchdog": "",
     },
-    "state": {"*": "torch psutil pydantic", "store": "torch psutil pydantic yaml"},
+    "state": {"*": "torch numpy psutil pydantic", "store": "torch numpy psutil pydantic yaml"},
     "cluster": {
         "connect jobs pool nodes": "ray pydantic",
         "train": "ray pydantic yaml",
         "supervisor": "ray pydantic yaml",
         "rank": "pydantic yaml",
-        "agreement child standby standby_key standby_server places": "",
+        "agreement child standby standby_key standby_server places environment upload": "",
     },
     "snapshot": {
         "*": "torch numpy pydantic",
