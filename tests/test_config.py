@@ -24,6 +24,22 @@ def make(*overrides: str) -> Config:
     return parse_config(BASE, overrides)
 
 
+def continuous(process: str, *overrides: str) -> list[str]:
+    return [f"diffusion.process={process}", "sampling.steps=18", *overrides]
+
+
+def test_a_process_brings_its_own_prediction_and_times() -> None:
+    for process, prediction, times in (
+        ("ddpm", "eps", "uniform"),
+        ("edm", "edm", "log_normal"),
+        ("flow", "velocity", "uniform"),
+    ):
+        d = make(*continuous(process)).diffusion
+        assert (d.prediction, d.times) == (prediction, times)
+    chosen = make(*continuous("edm", "diffusion.prediction=x_start", "diffusion.times=uniform")).diffusion
+    assert (chosen.prediction, chosen.times) == ("x_start", "uniform")
+
+
 def given(betas: str) -> list[str]:
     return ["diffusion.schedule=given", "diffusion.timesteps=2", f"diffusion.betas={betas}", "sampling.steps=2"]
 
@@ -142,6 +158,30 @@ def test_the_papers_training_of_cifar10() -> None:
             r"sampling.guidance_interval: \[5, 1000\] reaches beyond the last t",
         ),
         (["sampling.guidance_interval=[5, 3]"], r"sampling.guidance_interval: \[5, 3\] is not \[first, last\]"),
+        (["diffusion.process=edm"], r"sampling.steps: none .* such as sampling.spacing: rho, sampler: heun, steps: 18"),
+        (["diffusion.process=flow"], r"diffusion.process: flow has no list of times; say how many"),
+        (continuous("edm", "diffusion.schedule=cosine"), r"diffusion.schedule: cosine is of process: ddpm, not edm"),
+        (continuous("flow", "diffusion.sigma_max=50"), r"diffusion.sigma_max: 50.0 is of process: edm, not flow"),
+        (continuous("flow", "diffusion.sigma_data=0.3"), r"diffusion.sigma_data: 0.3 is of process or prediction edm"),
+        (continuous("edm", "diffusion.sigma_max=0.001"), r"sigma_min: 0.002 isn't less than diffusion.sigma_max"),
+        (continuous("flow", "diffusion.prediction=eps"), r"use one of velocity, x_start, v, edm"),
+        (["diffusion.prediction=velocity"], r"velocity isn't one of diffusion.process: ddpm; use one of eps, x_start"),
+        (continuous("edm", "diffusion.loss=vlb"), r"diffusion.loss: vlb is a bound over the steps of process: ddpm"),
+        (continuous("edm", "diffusion.variance=learned"), r"diffusion.variance: learned is learned by process: ddpm"),
+        (["diffusion.time_mean=0"], r"time_mean and time_std: of times: log_normal alone"),
+        (
+            ["diffusion.times=log_normal", "diffusion.t_sampling=loss_second_moment"],
+            r"loss_second_moment draws whole times by their losses, times: log_normal by their noise",
+        ),
+        (continuous("edm", "sampling.guidance_interval=[1, 90]"), r"\[1, 90\] reaches beyond the last t, 80"),
+        (["sampling.guidance_interval=[1.5, 9]"], r"process: ddpm has whole t"),
+        (["sampling.churn=5"], r"sampling.churn: 5.0 has no meaning for sampling.sampler: ddpm; only heun"),
+        (["sampling.churn_noise=1.007"], r"churn_interval and churn_noise: of sampling.churn, which is 0"),
+        (
+            ["sampling.sampler=heun", "sampling.churn=5", "sampling.churn_interval=[3, 2]"],
+            r"sampling.churn_interval: \[3.0, 2.0\] is not",
+        ),
+        (["sampling.guide=s3://bucket/other"], r"sampling.guide: does nothing with sampling.guidance_scale: 1"),
         (["logging.profile_steps=[5, 3]"], r"logging.profile_steps: \[5, 3\] is not \[first, last\]"),
         (["data.streams=7"], r"data.streams: 7 doesn't divide train.global_batch: 96"),
         (["train.lr_schedule=cosine"], r"train.decay_steps: needed with"),

@@ -20,6 +20,7 @@ from typing import Any
 
 from ddpm_dist import cli, snapshot, storage
 from ddpm_dist.config import Config
+from ddpm_dist.diffusion import Process
 from ddpm_dist.errors import ConfigError, SamplingError
 from ddpm_dist.recipe import apply_override, dump_config, load_config, parse_yaml, validate
 from ddpm_dist.sampling import export_npz, export_png, job
@@ -186,9 +187,18 @@ def _minimal(url: str, info: dict[str, Any]) -> dict[str, Any]:
         "run": {"url": url},
         "data": {"url": f"{url}-data", "image_size": info["image_size"], "channels": info["channels"]},
         "model": {"channel_mult": [1], "attention_resolutions": []},
-        "diffusion": {"timesteps": diffusion.timesteps},
+        **_process_of(diffusion),
         "train": {"steps": 1, "global_batch": 1},
     }
+
+
+def _process_of(diffusion: Process) -> dict[str, Any]:
+    """What sampling's settings are checked by; a continuous process's default is its own sampler."""
+    if diffusion.discrete:
+        return {"diffusion": {"timesteps": int(diffusion.path.last) + 1}}
+    told = {key.partition(".")[2]: value for key, value in snapshot.keys_of_process(diffusion).items()}
+    spacing = "rho" if told["process"] == "edm" else "uniform"
+    return {"diffusion": told, "sampling": {"sampler": "heun", "steps": 18, "spacing": spacing, "clip": "none"}}
 
 
 def newest(cfg: Config) -> str:

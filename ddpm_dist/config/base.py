@@ -61,7 +61,7 @@ class Section(BaseModel):
     )
 
 
-def check_span(name: str, span: tuple[int, int] | None) -> None:
+def check_span(name: str, span: tuple[float, float] | None) -> None:
     """ValueError where a first lies after its last."""
     if span is not None and span[0] > span[1]:
         raise ValueError(f"{name}: {list(span)} is not [first, last]")

@@ -5,92 +5,31 @@ Guidance, conversion from what the network predicts, and clipping happen here, s
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ddpm_dist.config import SamplingConfig
-from ddpm_dist.diffusion.gaussian import GaussianDiffusion
+from ddpm_dist.diffusion.process import Process, Times
+from ddpm_dist.diffusion.schedules import Float64s
 from ddpm_dist.errors import ConfigError, SamplingError
 
 Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """network(x [B,C,H,W], t [B], labels [B] int64 or None) -> [B,C,H,W], or [B,2C,H,W] with a learned variance."""
 
-Times = NDArray[np.int64]
-
-
-LOWEST_LAMBDA = -5.1
-"""Where log_snr's even spacing ends, as DPM-Solver's code does; below it, networks hardly see an image."""
-
-
-def respace(diffusion: GaussianDiffusion, steps: int | None, spacing: str) -> Times:
-    """Times that a sampler visits, falling: [steps] int64 in 0..T-1, all different.
-
-    uniform: evenly spaced, both ends included (Nichol & Dhariwal 2021, section 4).
-    quadratic: evenly spaced square roots, from 0.8 T (Song et al. 2020, appendix D.2).
-    trailing: evenly spaced, counted down from the last time (Lin et al. 2023, section 3.3).
-    log_snr: evenly spaced in log-SNR, from the last time (Lu et al. 2022, appendix): for solvers of higher order.
-    A time that would be visited twice gives way to its neighbour. steps: None visits all. Raises ConfigError if there
-    are fewer times than steps.
-    """
-    if spacing not in SPACINGS:
-        raise ConfigError(f"sampling.spacing: {spacing!r} is unknown; choose from {', '.join(SPACINGS)}")
-    timesteps = diffusion.timesteps
-    if steps is None:
-        return np.arange(timesteps)[::-1].copy()
-    if not 1 <= steps <= timesteps:
-        raise ConfigError(
-            f"sampling.steps: {steps} can't be taken out of the {timesteps} times of this diffusion process; "
-            f"use 1 to {timesteps}"
-        )
-    if steps == 1:
-        return np.array([timesteps - 1])
-    rising, rank = SPACINGS[spacing](diffusion, steps), np.arange(steps)
-    rising = np.maximum.accumulate(rising.astype(np.int64) - rank) + rank
-    return np.minimum(rising, timesteps - steps + rank)[::-1].copy()
-
-
-def _uniform(diffusion: GaussianDiffusion, steps: int) -> NDArray[Any]:
-    return np.linspace(0, diffusion.timesteps - 1, steps).round()
-
-
-def _quadratic(diffusion: GaussianDiffusion, steps: int) -> NDArray[Any]:
-    return np.linspace(0, np.sqrt(0.8 * diffusion.timesteps), steps) ** 2
-
-
-def _trailing(diffusion: GaussianDiffusion, steps: int) -> NDArray[Any]:
-    return np.round(np.arange(1, steps + 1) * diffusion.timesteps / steps) - 1
-
-
-def _log_snr(diffusion: GaussianDiffusion, steps: int) -> NDArray[Any]:
-    with np.errstate(divide="ignore"):
-        lambdas = 0.5 * np.log(diffusion.snr)
-    targets = np.linspace(lambdas[0], max(lambdas[-1], LOWEST_LAMBDA), steps)
-    nearest = np.abs(lambdas[:, None] - targets).argmin(axis=0)
-    nearest[-1] = diffusion.timesteps - 1
-    return nearest
-
-
-SPACINGS: dict[str, Callable[[GaussianDiffusion, int], NDArray[Any]]] = {
-    "uniform": _uniform,
-    "quadratic": _quadratic,
-    "trailing": _trailing,
-    "log_snr": _log_snr,
-}
-"""Times as [steps] numbers that don't fall, for at least 2 steps."""
-
 
 @dataclass(frozen=True)
 class Denoiser:
-    """x_start, and the variance channels if there are any, at the k-th visited time."""
+    """x_start, and the variance channels if there are any, at the k-th time."""
 
     network: Network
-    diffusion: GaussianDiffusion
+    diffusion: Process
     times: Tensor
-    """[S] int64, falling, on the device of the images."""
+    """[S] on the device of the images: what the network is told of each time."""
+    factors: Tensor | None
+    """[S] float32: what x_t is multiplied by for the network (EDM's c_in); None: 1."""
     weights: tuple[Tensor, Tensor]
     """[S] float32 each: x_start = first · x_t + second · prediction."""
     guided: tuple[bool, ...]
@@ -99,18 +38,30 @@ class Denoiser:
     clip: Callable[[Tensor], Tensor]
     labels: Tensor | None
     null_label: int | None
+    guide: "Denoiser | None" = None
+    """Of autoguidance; None: guidance is classifier-free."""
 
     def __call__(self, x: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
         """x: [B,C,H,W] float32 at times[k]. Returns x_start [B,C,H,W] and variance values [B,C,H,W] or None."""
-        output = self._guided_output(x, k) if self.guided[k] else self._output(x, k, self.labels)
+        guided, guide = self.guided[k], self.guide
+        output = self._free_of_class(x, k) if guided and guide is None else self._output(x, k, self.labels)
+        x_start, variance_values = self._x_start(output, x, k)
+        if guided and guide is not None:
+            # Karras et al. 2024, equation 3: away from what a worse network gives
+            worse, _ = guide._x_start(guide._output(x, k, guide.labels), x, k)
+            x_start = worse + self.guidance_scale * (x_start - worse)
+        return self.clip(x_start), variance_values
+
+    def _x_start(self, output: Tensor, x: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
         value, variance_values = self.diffusion.split(output.float(), x.shape[1])
         of_x, of_value = self.weights
-        return self.clip(of_x[k] * x + of_value[k] * value), variance_values
+        return of_x[k] * x + of_value[k] * value, variance_values
 
     def _output(self, x: Tensor, k: int, labels: Tensor | None) -> Tensor:
+        x = x if self.factors is None else self.factors[k] * x
         return self.network(x, self.times[k].expand(len(x)), labels)
 
-    def _guided_output(self, x: Tensor, k: int) -> Tensor:
+    def _free_of_class(self, x: Tensor, k: int) -> Tensor:
         """Classifier-free guidance (Ho & Salimans 2022, equation 6, with scale = 1 + w), in one call of 2B.
 
         Every prediction is affine in x_start at given x_t, so it may be mixed in any of them. A learned variance
@@ -127,42 +78,77 @@ class Denoiser:
 
 def make_denoiser(
     network: Network,
-    diffusion: GaussianDiffusion,
+    diffusion: Process,
     settings: SamplingConfig,
     times: Times,
     labels: Tensor | None,
     null_label: int | None,
     device: torch.device | str,
+    guide: "Guide | None" = None,
 ) -> Denoiser:
-    """The denoiser for the visited times [S]; raises SamplingError for labels [B] or guidance that can't work."""
-    scale = settings.guidance_scale
-    low, high = settings.guidance_interval or (0, diffusion.timesteps - 1)
+    """The denoiser for the times [S]; raises SamplingError for labels [B] or guidance that can't work."""
+    scale, path = settings.guidance_scale, diffusion.path
+    low, high = settings.guidance_interval or (path.origin, path.last)
     if low > high:
         raise SamplingError(f"sampling.guidance_interval: [{low}, {high}] is empty; give first and last t")
-    if high >= diffusion.timesteps:
-        raise SamplingError(
-            f"sampling.guidance_interval: [{low}, {high}] reaches beyond the last t, {diffusion.timesteps - 1}"
-        )
-    if scale != 1 and (labels is None or null_label is None):
+    if high > path.last:
+        raise SamplingError(f"sampling.guidance_interval: [{low}, {high}] reaches beyond the last t, {path.last:g}")
+    if settings.guide is None and scale != 1 and (labels is None or null_label is None):
         raise SamplingError(
             f"sampling.guidance_scale: {scale} needs a class-conditional network with a null class, and labels; "
-            "this one has none, use sampling.guidance_scale: 1"
+            "this one has none, use sampling.guidance_scale: 1, or sampling.guide: URL of a worse snapshot"
         )
-    of_x, of_value = (
-        torch.tensor(weight[times], dtype=torch.float32, device=device)
-        for weight in diffusion.x_start_weights(diffusion.prediction)
-    )
-    return Denoiser(
-        network,
-        diffusion,
-        torch.as_tensor(times, device=device),
-        (of_x, of_value),
-        tuple(bool(scale != 1 and low <= t <= high) for t in times),
-        scale,
-        make_clip(settings.clip, settings.dynamic_quantile),
-        None if labels is None else labels.to(device),
-        null_label,
-    )
+    labels = None if labels is None else labels.to(device)
+    worse = None
+    if settings.guide is not None:
+        found = check_guide(guide, diffusion, null_label)
+        known, never = None if found.null_label is None else labels, (False,) * len(times)
+        rest = (never, 1.0, make_clip("none"), known, None, None)
+        worse = _denoiser(found.network, found.diffusion, times, device, *rest)
+    guided = tuple(bool(scale != 1 and low <= t <= high) for t in times)
+    clip = make_clip(settings.clip, settings.dynamic_quantile)
+    return _denoiser(network, diffusion, times, device, guided, scale, clip, labels, null_label, worse)
+
+
+class Guide(NamedTuple):
+    """A worse network of the same images: trained less, or smaller (Karras et al. 2024)."""
+
+    network: Network
+    diffusion: Process
+    null_label: int | None
+    """Its number of classes; None: it knows none."""
+
+
+def check_guide(guide: Guide | None, diffusion: Process, null_label: int | None) -> Guide:
+    """The guide; SamplingError unless it walks the same path and knows the same classes, if any."""
+    if guide is None:
+        raise SamplingError("sampling.guide: its network was not given; ddpm-sample reads it")
+    ours, theirs = diffusion.path, guide.diffusion.path
+    times = diffusion.nearest(np.linspace(ours.first, ours.last, 64))
+    apart = diffusion.discrete != guide.diffusion.discrete or ours.last != theirs.last
+    if apart or not np.allclose(diffusion.level(times)[:2], guide.diffusion.level(times)[:2], rtol=1e-6):
+        raise SamplingError(
+            "sampling.guide: its process has other noise levels than the snapshot's (diffusion.process, schedule, "
+            "timesteps, sigma_max); a guide is an earlier or smaller snapshot of the same process"
+        )
+    if guide.null_label not in (None, null_label):
+        raise SamplingError(
+            f"sampling.guide: its network knows {guide.null_label} classes, the snapshot's {null_label or 'none'}"
+        )
+    return guide
+
+
+def _denoiser(network: Network, diffusion: Process, times: Times, device: torch.device | str, *rest: Any) -> Denoiser:
+    """With what each time needs of the process, on the device. rest: as `Denoiser` has it after `weights`."""
+
+    def on_device(values: Float64s) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=device)
+
+    factors, told = diffusion.inputs(times)
+    of_x, of_value = diffusion.weights(times)
+    names = torch.as_tensor(told, device=device) if diffusion.discrete else on_device(told)
+    scaled = None if factors is None else on_device(factors)
+    return Denoiser(network, diffusion, names, scaled, (on_device(of_x), on_device(of_value)), *rest)
 
 
 def check_labels(labels: Tensor | None, null_label: int | None, batch: int) -> None:

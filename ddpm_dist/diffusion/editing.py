@@ -8,9 +8,11 @@ from torch import Tensor
 
 from ddpm_dist import rng
 from ddpm_dist.config import SamplingConfig
-from ddpm_dist.diffusion.denoiser import Network, respace
-from ddpm_dist.diffusion.gaussian import GaussianDiffusion
-from ddpm_dist.diffusion.samplers import make_chain, sample, trajectory
+from ddpm_dist.diffusion.denoiser import Network
+from ddpm_dist.diffusion.grids import respace
+from ddpm_dist.diffusion.path import Level
+from ddpm_dist.diffusion.process import Process
+from ddpm_dist.diffusion.samplers import check_time, first_noise, make_chain, sample, trajectory
 from ddpm_dist.diffusion.solvers import ancestral_step
 from ddpm_dist.errors import ConfigError, SamplingError
 from ddpm_dist.rng import Purpose
@@ -19,12 +21,12 @@ from ddpm_dist.rng import Purpose
 @torch.no_grad()
 def interpolate(
     network: Network,
-    diffusion: GaussianDiffusion,
+    diffusion: Process,
     settings: SamplingConfig,
     x_a: Tensor,
     x_b: Tensor,
     *,
-    t: int,
+    t: float,
     shares: Sequence[float],
     seed: int,
     indices: Tensor,
@@ -47,33 +49,25 @@ def interpolate(
         diffusion.q_sample(x, times, rng.normal(seed, Purpose.RENOISE, indices, shape, step=end, device=x.device))
         for end, x in enumerate((x_a.float(), x_b.float()))
     )
+    starts = [torch.lerp(end_a, end_b, share) for share in shares]
     return torch.stack(
         [
             sample(
-                network,
-                diffusion,
-                settings,
-                seed=seed,
-                indices=indices,
-                shape=shape,
-                labels=labels,
-                null_label=null_label,
-                device=x_a.device,
-                x_T=torch.lerp(end_a, end_b, share),
-                t_start=t,
+                network, diffusion, settings, seed=seed, indices=indices, shape=shape, labels=labels,
+                null_label=null_label, device=x_a.device, x_T=x_T, t_start=t,
             )
-            for share in shares
+            for x_T in starts
         ]
-    )
+    )  # fmt: skip
 
 
 @torch.no_grad()
 def variations(
     network: Network,
-    diffusion: GaussianDiffusion,
+    diffusion: Process,
     settings: SamplingConfig,
     *,
-    t: int,
+    t: float,
     seed: int,
     shared_index: int,
     indices: Tensor,
@@ -88,48 +82,36 @@ def variations(
     the noise of index i. So where shared_index is among the indices, its own image is among the results (but for
     dpmpp_2m_sde, whose second order begins anew at x_t).
     """
-    if not (settings.sampler in ("ddpm", "dpmpp_2m_sde") or (settings.sampler == "ddim" and settings.eta)):
+    if not (
+        settings.sampler in ("ddpm", "dpmpp_2m_sde") or (settings.sampler == "ddim" and settings.eta) or settings.churn
+    ):
         raise ConfigError(
             f"sampling.sampler: {settings.sampler} draws no noise after x_t, so all variations would be one image; "
             "use ddpm, dpmpp_2m_sde, or ddim with sampling.eta above 0"
         )
     visited = respace(diffusion, settings.steps, settings.spacing)
-    if not visited[-1] <= t < diffusion.timesteps:
+    if not visited[-1] <= t <= diffusion.path.last:
         raise SamplingError(f"t is {t}; the sampler visits times from {visited[0]} down to {visited[-1]}")
-    t = int(visited[visited <= t][0])
-    x_t = rng.normal(seed, Purpose.X_T, torch.tensor([shared_index]), shape, device=device)
+    t = visited[visited <= t][0].item()
+    noise = rng.normal(seed, Purpose.X_T, torch.tensor([shared_index]), shape, device=device)
+    x_t = first_noise(diffusion, float(visited[0]), noise)
     if t != visited[0]:
         chain = trajectory(
-            network,
-            diffusion,
-            settings,
-            seed=seed,
-            indices=torch.tensor([shared_index]),
-            shape=shape,
-            labels=None if label is None else torch.tensor([label]),
-            null_label=null_label,
-            device=device,
-        )
+            network, diffusion, settings, seed=seed, indices=torch.tensor([shared_index]), shape=shape,
+            labels=None if label is None else torch.tensor([label]), null_label=null_label, device=device,
+        )  # fmt: skip
         x_t = next(step.x for step in chain if visited[step.k + 1] == t)
+    labels = None if label is None else torch.full((len(indices),), label)
     return sample(
-        network,
-        diffusion,
-        settings,
-        seed=seed,
-        indices=indices,
-        shape=shape,
-        labels=None if label is None else torch.full((len(indices),), label),
-        null_label=null_label,
-        device=device,
-        x_T=x_t.expand(len(indices), *shape),
-        t_start=t,
-    )
+        network, diffusion, settings, seed=seed, indices=indices, shape=shape, labels=labels, null_label=null_label,
+        device=device, x_T=x_t.expand(len(indices), *shape), t_start=t,
+    )  # fmt: skip
 
 
 @torch.no_grad()
 def inpaint(
     network: Network,
-    diffusion: GaussianDiffusion,
+    diffusion: Process,
     settings: SamplingConfig,
     known: Tensor,
     mask: Tensor,
@@ -160,22 +142,22 @@ def inpaint(
     device, shape = known.device, (known.shape[1], known.shape[2], known.shape[3])
     chain, _ = make_chain(network, diffusion, settings, seed, indices, shape, labels, null_label, device)
     step = ancestral_step(chain)
-    alphas_cumprod = np.square(chain.signal)
     paste = chain.rows(chain.signal[1:], chain.sigma[1:])
     known, indices = known.float(), indices.to(device)
 
     def noise(number: int) -> Tensor:
         return rng.normal(seed, Purpose.RENOISE, indices, shape, step=number)
 
-    x = rng.normal(seed, Purpose.X_T, indices, shape)
+    levels = [Level(*numbers) for numbers in zip(*diffusion.level(chain.times), strict=True)]
+    x = first_noise(diffusion, float(chain.times[0]), rng.normal(seed, Purpose.X_T, indices, shape))
     for draw, (k, k_next) in enumerate(_repaint_plan(len(chain.times), jump_length, jump_n_sample)):
         if k_next > k:
             x, _ = step(x, k, draw)
             signal, sigma = paste[k]
             x = torch.where(mask.bool(), signal * known + sigma * noise(draw), x)
         else:  # forward again: the product of the single steps q(x_t | x_{t-1}) in one
-            ratio = float(alphas_cumprod[k_next] / alphas_cumprod[k])
-            x = ratio**0.5 * x + (1 - ratio) ** 0.5 * noise(draw)
+            signal, sigma = diffusion.forward_scales(levels[k], levels[k_next])
+            x = signal * x + sigma * noise(draw)
     return x.clamp(-1, 1)
 
 
@@ -198,7 +180,6 @@ def _repaint_plan(steps: int, jump_length: int, jump_n_sample: int) -> Iterator[
             yield k, k + 1
 
 
-def _time(t: int, diffusion: GaussianDiffusion) -> Tensor:
-    if not 0 <= t < diffusion.timesteps:
-        raise SamplingError(f"t is {t}; the times of this process are 0 to {diffusion.timesteps - 1}")
-    return torch.tensor([t])
+def _time(t: float, diffusion: Process) -> Tensor:
+    check_time(diffusion, t)
+    return torch.tensor([int(t)]) if diffusion.discrete else torch.tensor([t], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The forward process q and the reverse process p of a Gaussian diffusion (Ho, Jain & Abbeel 2020).
+"""The paper's process, on a table of betas: forward process q and reverse process p (Ho, Jain & Abbeel 2020).
 
 Equation numbers are Ho et al.'s. Constants are computed in float64 and cast at use: float32 for images of
 any precision up to float32, float64 for float64 images.
@@ -13,6 +13,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ddpm_dist.config import DiffusionConfig
+from ddpm_dist.diffusion import path
+from ddpm_dist.diffusion.path import Level, Table
+from ddpm_dist.diffusion.process import Process, ReverseRows, Times
 from ddpm_dist.diffusion.schedules import Float64s, check_betas, make_betas
 from ddpm_dist.errors import ConfigError
 
@@ -29,8 +32,8 @@ class Reverse(NamedTuple):
     x_start: Tensor
 
 
-class GaussianDiffusion:
-    """Both processes over T steps; holds constants alone, so it can be shared and pickled.
+class GaussianDiffusion(Process):
+    """Both processes over T steps.
 
     betas: [T] in (0, 1], any sequence. prediction: what the network's first C channels mean, one of PREDICTIONS.
     variance: of the reverse process, one of VARIANCES; the learned ones read C further channels.
@@ -41,6 +44,8 @@ class GaussianDiffusion:
     sqrt_one_minus_alphas_cumprod, posterior_variance, posterior_log_variance_clipped, posterior_mean_coef1,
     posterior_mean_coef2, fixed_log_variance (of fixedlarge or fixedsmall), log_betas, snr.
     """
+
+    discrete = True
 
     def __init__(self, betas: ArrayLike, prediction: str = "eps", variance: str = "fixedlarge") -> None:
         if prediction not in PREDICTIONS:
@@ -61,6 +66,7 @@ class GaussianDiffusion:
         self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
         self.sqrt_one_minus_alphas_cumprod = np.sqrt(1 - self.alphas_cumprod)
         self.snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
+        self.path = Table(self.alphas_cumprod)
 
         # Equations 6 and 7. The posterior's variance is 0 at t = 0, where the logarithm takes its neighbour's.
         rest = 1 - self.alphas_cumprod
@@ -72,11 +78,6 @@ class GaussianDiffusion:
         self.log_betas = np.log(self.betas)
         large = np.log(np.concatenate([first, self.betas[1:]]))
         self.fixed_log_variance = large if variance == "fixedlarge" else self.posterior_log_variance_clipped
-        for name in PREDICTIONS:
-            of_x_t, of_prediction = self.x_start_weights(name)
-            setattr(self, f"_weight_of_x_t_given_{name}", of_x_t)
-            setattr(self, f"_weight_of_{name}", of_prediction)
-
         for value in vars(self).values():
             if isinstance(value, np.ndarray):
                 value.setflags(write=False)
@@ -100,11 +101,6 @@ class GaussianDiffusion:
         """Whether x_T holds no signal at all."""
         return bool(self.betas[-1] == 1)
 
-    @property
-    def learns_variance(self) -> bool:
-        """Whether the network gives 2C channels."""
-        return self.variance in ("learned", "learned_range")
-
     def at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
         """The constant `name` at times t [B] int64: [B,1,…] on the device of `like`, to be broadcast against it."""
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -120,11 +116,6 @@ class GaussianDiffusion:
         variance = self.at("sqrt_one_minus_alphas_cumprod", t, x_start) ** 2
         return self.at("sqrt_alphas_cumprod", t, x_start) * x_start, variance
 
-    def q_sample(self, x_start: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """x_t ~ q(x_t | x_0) from standard normal eps, equation 4: [B,C,H,W]."""
-        signal, noise = (self.at(f"sqrt_{n}alphas_cumprod", t, x_start) for n in ("", "one_minus_"))
-        return signal * x_start + noise * eps
-
     def q_step(self, x_prev: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t ~ q(x_t | x_{t-1}), equation 2, all [B, C, H, W], t [B]; x_{-1} is the image."""
         beta = self.at("betas", t, x_prev)
@@ -137,45 +128,59 @@ class GaussianDiffusion:
 
     # What the network predicts
 
-    def target(self, x_start: Tensor, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """[B, C, H, W]: what the network is trained to give for x_t = q_sample(x_start, t, eps), by this prediction."""
-        if self.prediction == "eps":
-            return eps
-        return x_start if self.prediction == "x_start" else self.from_x_start(x_start, x_t, t, self.prediction, eps)
+    def level(self, times: Times) -> Level:
+        """At whole times [S]: the table's own alpha and sigma, and the derivatives of `Table`."""
+        between = self.path.level(times)
+        signal, noise = self.sqrt_alphas_cumprod[times], self.sqrt_one_minus_alphas_cumprod[times]
+        return Level(signal, noise, between.d_alpha, between.d_sigma)
 
-    def to_x_start(self, value: Tensor, x_t: Tensor, t: Tensor, prediction: str | None = None) -> Tensor:
-        """x_start from a prediction (default: this process's own) at x_t: [B,C,H,W]. Inverse of `from_x_start`."""
-        name = prediction or self.prediction
-        return self.at(f"_weight_of_x_t_given_{name}", t, x_t) * x_t + self.at(f"_weight_of_{name}", t, x_t) * value
+    def nearest(self, times: Float64s) -> Times:
+        """Whole times."""
+        return np.clip(np.round(times), 0, self.timesteps - 1).astype(np.int64)
+
+    def times_of(self, lambdas: Float64s) -> Times:
+        """Whole times, by distance in lambda."""
+        return np.abs(self._lambdas()[:, None] - lambdas).argmin(axis=0)
+
+    def _lambdas(self) -> Float64s:
+        with np.errstate(divide="ignore"):
+            return np.asarray(0.5 * np.log(self.snr))
+
+    def weights(self, times: Times, prediction: str | None = None) -> tuple[Float64s, Float64s]:
+        """float64 [S] each: x_start = first · x_t + second · prediction."""
+        of_x_t, of_prediction = self.x_start_weights(prediction or self.prediction)
+        return of_x_t[times], of_prediction[times]
+
+    def pair(self, of: str, t: Tensor, like: Tensor, prediction: str = "eps") -> tuple[Tensor, Tensor]:
+        """From tables that are made where they are first asked for."""
+        names = [f"_{of}_{part}_{prediction}" for part in ("first", "second")]
+        if not hasattr(self, names[0]):
+            everywhere = self.level(np.arange(self.timesteps))
+            found = self.x_start_weights(prediction) if of == "x_start" else path.PAIRS[of](everywhere, prediction, 1.0)
+            vars(self).update(zip(names, found, strict=True))
+        first, second = (self.at(name, t, like) for name in names)
+        return first, second
+
+    def snr_at(self, t: Tensor) -> Tensor:
+        """alpha_bar / (1 - alpha_bar): [B] float32."""
+        return self.at("snr", t, torch.empty(0, device=t.device))
 
     def from_x_start(
         self, x_start: Tensor, x_t: Tensor, t: Tensor, prediction: str, eps: Tensor | None = None
     ) -> Tensor:
-        """The prediction that means `x_start` at x_t: [B,C,H,W].
-
-        eps: the noise, where it is known; else (x_t - sqrt(alpha_bar) x_start) / sqrt(1 - alpha_bar), which loses
-        some bits at small t.
-        """
-        if prediction == "x_start":
-            return x_start
+        """As `Process.from_x_start`, and x_prev: the mean of q(x_{t-1} | x_t, x_0)."""
         if prediction == "x_prev":
             return self.q_posterior_mean_variance(x_start, x_t, t)[0]
-        signal, noise = self.at("sqrt_alphas_cumprod", t, x_t), self.at("sqrt_one_minus_alphas_cumprod", t, x_t)
-        if eps is None:
-            eps = (x_t - signal * x_start) / noise
-        return eps if prediction == "eps" else signal * eps - noise * x_start
+        return super().from_x_start(x_start, x_t, t, prediction, eps)
 
     def x_start_weights(self, prediction: str) -> tuple[Float64s, Float64s]:
         """float64 [T] each: x_start = first · x_t + second · prediction. Infinite for eps at zero SNR."""
-        signal, noise = self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod
-        if prediction == "eps":
-            with np.errstate(divide="ignore"):
-                return 1 / signal, -noise / signal
-        if prediction == "v":  # Salimans & Ho 2022, appendix D
-            return signal.copy(), -noise
         if prediction == "x_prev":
             return -self.posterior_mean_coef2 / self.posterior_mean_coef1, 1 / self.posterior_mean_coef1
-        return np.zeros_like(signal), np.ones_like(signal)
+        if prediction == "v":  # the general form divides by alpha² + sigma², which is 1 but for rounding
+            return self.sqrt_alphas_cumprod.copy(), -self.sqrt_one_minus_alphas_cumprod
+        with np.errstate(divide="ignore"):
+            return path.x_start_weights(self.level(np.arange(self.timesteps)), prediction)
 
     # The reverse process
 
@@ -194,21 +199,6 @@ class GaussianDiffusion:
         log_variance = self.log_variance(variance_values, x_t, t)
         return Reverse(mean, torch.exp(log_variance), log_variance, x_start)
 
-    def split(self, output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
-        """(prediction [B,C,H,W], variance values or None) of the network's output, at least float32."""
-        expected = channels * (2 if self.learns_variance else 1)
-        if output.shape[1] != expected:
-            raise ConfigError(
-                f"the network gives {output.shape[1]} channels for images of {channels}, but diffusion.variance: "
-                f"{self.variance} needs {expected}; use a network that was built for it"
-            )
-        if output.dtype != torch.float64:
-            output = output.float()
-        if not self.learns_variance:
-            return output, None
-        value, variance_values = output.chunk(2, dim=1)
-        return value, variance_values
-
     def log_variance(self, variance_values: Tensor | None, x_t: Tensor, t: Tensor) -> Tensor:
         """Log-variance of p(x_{t-1} | x_t): [B,C,H,W] if learned, [B,1,1,1] if fixed."""
         if variance_values is None:
@@ -218,3 +208,28 @@ class GaussianDiffusion:
         low, high = self.at("posterior_log_variance_clipped", t, x_t), self.at("log_betas", t, x_t)
         share = (variance_values + 1) / 2  # Nichol & Dhariwal 2021, equation 15, from outputs in [-1, 1]
         return share * high + (1 - share) * low
+
+    def respaced(self, times: Times) -> "GaussianDiffusion":
+        """The process whose S steps are the given times, falling, and whose network gives x_start."""
+        alphas_cumprod = self.alphas_cumprod[times[::-1]]
+        betas = 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
+        return GaussianDiffusion(betas, "x_start", self.variance)
+
+    def reverse_rows(self, times: Times) -> ReverseRows:
+        """Of the respaced process (Nichol & Dhariwal 2021, section 4)."""
+        spaced = self.respaced(times)
+
+        def deviation(variance_values: Tensor, x: Tensor, rank: Tensor) -> Tensor:
+            return torch.exp(0.5 * spaced.log_variance(variance_values, x, rank))
+
+        return ReverseRows(
+            spaced.posterior_mean_coef1[::-1],
+            spaced.posterior_mean_coef2[::-1],
+            np.exp(0.5 * spaced.fixed_log_variance[::-1]),
+            deviation,
+        )
+
+    def forward_scales(self, earlier: Level, later: Level) -> tuple[float, float]:
+        """The product of the single steps q(x_t | x_{t-1}) in one."""
+        ratio = float(np.square(later.alpha) / np.square(earlier.alpha))
+        return ratio**0.5, (1 - ratio) ** 0.5

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from ddpm_dist import rng
 from ddpm_dist.config import SamplingConfig
-from ddpm_dist.diffusion.denoiser import Network, Times, check_labels, make_denoiser, respace
-from ddpm_dist.diffusion.gaussian import GaussianDiffusion
-from ddpm_dist.diffusion.solvers import Chain, Sampled, ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, heun, unipc
+from ddpm_dist.diffusion import solvers
+from ddpm_dist.diffusion.denoiser import Guide, Network, check_labels, make_denoiser
+from ddpm_dist.diffusion.grids import respace
+from ddpm_dist.diffusion.process import Process, Times
+from ddpm_dist.diffusion.solvers import Chain, Churn, Sampled, churned
 from ddpm_dist.errors import ConfigError, SamplingError
 from ddpm_dist.rng import Purpose
 
@@ -21,8 +23,8 @@ class Step(NamedTuple):
 
     k: int
     """Number of the step, from 0, in the whole chain."""
-    t: int
-    """The time that the step left."""
+    t: float
+    """The time that the step left; whole in a discrete process."""
     x: Tensor
     """[B,C,H,W] float32 at the next visited time; x_0 after the last step."""
     x_start: Tensor
@@ -30,18 +32,19 @@ class Step(NamedTuple):
 
 
 SAMPLERS: dict[str, Callable[[Chain, Tensor], Sampled]] = {
-    "ddpm": ddpm,
-    "ddim": ddim,
-    "dpmpp_2m": dpmpp_2m,
-    "dpmpp_2m_sde": dpmpp_2m_sde,
-    "heun": heun,
-    "unipc": unipc,
+    "ddpm": solvers.ddpm,
+    "ddim": solvers.ddim,
+    "dpmpp_2m": solvers.dpmpp_2m,
+    "dpmpp_2m_sde": solvers.dpmpp_2m_sde,
+    "euler": solvers.euler,
+    "heun": solvers.heun,
+    "unipc": solvers.unipc,
 }
 
 
 def sample(
     network: Network,
-    diffusion: GaussianDiffusion,
+    diffusion: Process,
     settings: SamplingConfig,
     *,
     seed: int,
@@ -52,7 +55,8 @@ def sample(
     device: torch.device | str = "cpu",
     x_T: Tensor | None = None,
     callback: Callable[[Step], None] | None = None,
-    t_start: int | None = None,
+    t_start: float | None = None,
+    guide: Guide | None = None,
 ) -> Tensor:
     """Images from noise: [B,C,H,W] float32 in [-1, 1].
 
@@ -61,23 +65,15 @@ def sample(
     None. null_label: the number of classes, which as a label means none (a network without a null class refuses it).
     x_T: [B,C,H,W] to start from instead of fresh noise. t_start: the time that x_T belongs to, visited first; the
     plan's later times follow, with the noise that they have in an unbroken chain (if t_start is above them all, it
-    takes the first one's noise, and each the next one's). callback: gets a Step after each step.
+    takes the first one's noise, and each the next one's). callback: gets a Step after each step. guide: the network of
+    settings.guide.
     Raises ConfigError or SamplingError if the settings don't fit the process, the network or each other.
     """
     images = x_T
     for step in trajectory(
-        network,
-        diffusion,
-        settings,
-        seed=seed,
-        indices=indices,
-        shape=shape,
-        labels=labels,
-        null_label=null_label,
-        device=device,
-        x_T=x_T,
-        t_start=t_start,
-    ):
+        network, diffusion, settings, seed=seed, indices=indices, shape=shape, labels=labels, null_label=null_label,
+        device=device, x_T=x_T, t_start=t_start, guide=guide,
+    ):  # fmt: skip
         images = step.x
         if callback is not None:
             callback(step)
@@ -88,7 +84,7 @@ def sample(
 @torch.no_grad()
 def trajectory(
     network: Network,
-    diffusion: GaussianDiffusion,
+    diffusion: Process,
     settings: SamplingConfig,
     *,
     seed: int,
@@ -98,25 +94,34 @@ def trajectory(
     null_label: int | None = None,
     device: torch.device | str = "cpu",
     x_T: Tensor | None = None,
-    t_start: int | None = None,
+    t_start: float | None = None,
+    guide: Guide | None = None,
 ) -> Iterator[Step]:
     """Arguments as of `sample`, but yields every Step, and the last x is not clipped."""
     chain, first = make_chain(
-        network, diffusion, settings, seed, indices, shape, labels, null_label, device, t_start=t_start
+        network, diffusion, settings, seed, indices, shape, labels, null_label, device, t_start, guide
     )
     if x_T is None:
         if t_start is not None:
             raise SamplingError(f"t_start is {t_start}, but no x_T was given that belongs to it")
-        x_T = rng.normal(seed, Purpose.X_T, indices, shape, device=device)
+        x_T = first_noise(
+            diffusion, float(chain.times[0]), rng.normal(seed, Purpose.X_T, indices, shape, device=device)
+        )
     elif x_T.shape != (len(indices), *shape):
         raise SamplingError(f"x_T has shape {tuple(x_T.shape)}; {(len(indices), *shape)} is needed")
     for k, (x, x_start) in enumerate(SAMPLERS[settings.sampler](chain, x_T.to(device).float())):
-        yield Step(first + k, int(chain.times[k]), x, x_start)
+        yield Step(first + k, chain.times[k].item(), x, x_start)
+
+
+def first_noise(diffusion: Process, t: float, noise: Tensor) -> Tensor:
+    """x_t that a chain starts from at t, of standard normal noise."""
+    deviation = diffusion.path.prior_std(t)
+    return noise if deviation == 1 else deviation * noise
 
 
 def make_chain(
     network: Network,
-    diffusion: GaussianDiffusion,
+    diffusion: Process,
     settings: SamplingConfig,
     seed: int,
     indices: Tensor,
@@ -124,7 +129,8 @@ def make_chain(
     labels: Tensor | None,
     null_label: int | None,
     device: torch.device | str,
-    t_start: int | None = None,
+    t_start: float | None = None,
+    guide: Guide | None = None,
 ) -> tuple[Chain, int]:
     """The chain that a sampler is given, and the number of its first step; arguments and errors as of `sample`."""
     check_settings(settings, diffusion)
@@ -135,11 +141,14 @@ def make_chain(
     def noise(k: int) -> Tensor:
         return rng.normal(seed, Purpose.REVERSE, indices, shape, step=first + k)
 
-    denoise = make_denoiser(network, diffusion, settings, times, labels, null_label, device)
-    return Chain(denoise, diffusion, times, noise, settings.eta or 0.0), first
+    churn = Churn(settings.churn, settings.churn_interval or Churn.interval, settings.churn_noise)
+    starts = churned(diffusion, times, churn)
+    asked = times if starts is None else np.concatenate([times, starts])
+    denoise = make_denoiser(network, diffusion, settings, asked, labels, null_label, device, guide)
+    return Chain(denoise, diffusion, times, noise, settings.eta or 0.0, churn, starts), first
 
 
-def check_settings(settings: SamplingConfig, diffusion: GaussianDiffusion) -> None:
+def check_settings(settings: SamplingConfig, diffusion: Process) -> None:
     """Raises ConfigError if the sampler can't do what the settings ask with this process."""
     if settings.sampler not in SAMPLERS:
         raise ConfigError(f"sampling.sampler: {settings.sampler!r} is unknown; choose from {', '.join(SAMPLERS)}")
@@ -150,24 +159,34 @@ def check_settings(settings: SamplingConfig, diffusion: GaussianDiffusion) -> No
         )
     if settings.eta is not None and not 0 <= settings.eta <= 1:
         raise ConfigError(f"sampling.eta: {settings.eta}; must lie in 0 (deterministic) to 1 (as ancestral sampling)")
+    if settings.churn and settings.sampler != "heun":
+        raise ConfigError(
+            f"sampling.churn: {settings.churn}; only heun is churned, not {settings.sampler}; leave it out"
+        )
     times = respace(diffusion, settings.steps, settings.spacing)
-    if diffusion.zero_terminal_snr and times[0] != diffusion.timesteps - 1:
+    if diffusion.ends_in_noise and times[0] != diffusion.path.last:
         raise ConfigError(
             f"sampling.spacing: {settings.spacing} starts at t = {times[0]}, where this process, made with "
             "zero_terminal_snr, still holds signal; use trailing, uniform or log_snr"
         )
-    if settings.sampler == "ddpm" and diffusion.variance == "learned" and len(times) < diffusion.timesteps:
+    if settings.sampler == "ddpm" and diffusion.variance == "learned" and len(times) <= diffusion.path.last:
         raise ConfigError(
             f"sampling.steps: {settings.steps}; the network learned the variance of single steps, which longer ones "
             "don't have; use all steps, another sampler, or a network with diffusion.variance: learned_range"
         )
 
 
-def _from_time(times: Times, t_start: int | None, diffusion: GaussianDiffusion) -> tuple[Times, int]:
+def _from_time(times: Times, t_start: float | None, diffusion: Process) -> tuple[Times, int]:
     """The times from t_start on, which is put in if it is not among them, and the number of the first step."""
     if t_start is None:
         return times, 0
-    if not 0 <= t_start < diffusion.timesteps:
-        raise SamplingError(f"t_start is {t_start}; the times of this process are 0 to {diffusion.timesteps - 1}")
+    check_time(diffusion, t_start, "t_start")
     later = times[times < t_start]
     return np.concatenate([[t_start], later]), max(0, len(times) - len(later) - 1)
+
+
+def check_time(diffusion: Process, t: float, name: str = "t") -> None:
+    """SamplingError unless the process has this time."""
+    path = diffusion.path
+    if not path.first <= t <= path.last or (diffusion.discrete and t != int(t)):
+        raise SamplingError(f"{name} is {t}; the times of this process are {path.first:g} to {path.last:g}")

@@ -18,9 +18,22 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ddpm_dist.diffusion.denoiser import Denoiser, Times
-from ddpm_dist.diffusion.gaussian import GaussianDiffusion
+from ddpm_dist.diffusion.denoiser import Denoiser
+from ddpm_dist.diffusion.path import Level, ode_weights
+from ddpm_dist.diffusion.process import Process, Times
 from ddpm_dist.diffusion.schedules import Float64s
+
+
+@dataclass(frozen=True)
+class Churn:
+    """EDM's noise, added before each step of Heun's (Karras et al. 2022, algorithm 2)."""
+
+    amount: float = 0.0
+    """S_churn: over the whole chain; 0 is the deterministic algorithm 1."""
+    interval: tuple[float, float] = (0.0, math.inf)
+    """[S_tmin, S_tmax] of sigma / alpha."""
+    scale: float = 1.0
+    """S_noise: the added noise's deviation."""
 
 
 @dataclass(frozen=True)
@@ -29,22 +42,25 @@ class Chain:
 
     denoise: Denoiser
     """denoise(x, k) -> x_start and variance values at the k-th visited time."""
-    diffusion: GaussianDiffusion
+    diffusion: Process
     times: Times
     """[S], falling."""
     noise: Callable[[int], Tensor]
     """Standard normal [B,C,H,W] of step k."""
-    eta: float
+    eta: float = 0.0
+    churn: Churn = Churn()
+    starts: Times | None = None
+    """[S]: where each step begins after its churn, the times of denoise's k = S … 2S - 1; None: nothing is churned."""
 
     @property
     def signal(self) -> Float64s:
-        """[S + 1]: alpha = sqrt(alpha_bar) at the visited times, then 1, of x_0 itself."""
-        return np.append(self.diffusion.sqrt_alphas_cumprod[self.times], 1.0)
+        """[S + 1]: alpha at the visited times, then 1, of x_0 itself."""
+        return np.append(self.diffusion.level(self.times).alpha, 1.0)
 
     @property
     def sigma(self) -> Float64s:
-        """[S + 1]: sqrt(1 - alpha_bar) at the visited times, then 0."""
-        return np.append(self.diffusion.sqrt_one_minus_alphas_cumprod[self.times], 0.0)
+        """[S + 1]: sigma at the visited times, then 0."""
+        return np.append(self.diffusion.level(self.times).sigma, 0.0)
 
     @property
     def lambdas(self) -> Float64s:
@@ -74,12 +90,8 @@ def ddpm(chain: Chain, x: Tensor) -> Sampled:
 
 def ancestral_step(chain: Chain) -> Callable[[Tensor, int, int], tuple[Tensor, Tensor]]:
     """step(x, k, draw) -> (x, x_start): from the k-th visited time to the next, with noise number `draw`."""
-    spaced = respaced(chain.diffusion, chain.times)
-    rows = chain.rows(
-        spaced.posterior_mean_coef1[::-1],
-        spaced.posterior_mean_coef2[::-1],
-        np.exp(0.5 * spaced.fixed_log_variance[::-1]),
-    )
+    reverse = chain.diffusion.reverse_rows(chain.times)
+    rows = chain.rows(reverse.of_x_start, reverse.of_x, reverse.deviation)
     rank = torch.arange(len(rows), device=chain.denoise.times.device).flip(0)
 
     def step(x: Tensor, k: int, draw: int) -> tuple[Tensor, Tensor]:
@@ -88,8 +100,8 @@ def ancestral_step(chain: Chain) -> Callable[[Tensor, int, int], tuple[Tensor, T
         x = of_x_start * x_start + of_x * x
         if k == len(rows) - 1:  # no noise in the step to x_0
             return x, x_start
-        if variance_values is not None:
-            deviation = torch.exp(0.5 * spaced.log_variance(variance_values, x, rank[k : k + 1]))
+        if variance_values is not None and reverse.learned is not None:
+            deviation = reverse.learned(variance_values, x, rank[k : k + 1])
         return x + deviation * chain.noise(draw), x_start
 
     return step
@@ -148,13 +160,30 @@ def dpmpp_2m_sde(chain: Chain, x: Tensor) -> Sampled:
         yield x, x_start
 
 
+def euler(chain: Chain, x: Tensor) -> Sampled:
+    """Euler's method on the probability-flow ODE in the path's own time: first order, one evaluation a step.
+
+    Flow matching's standard sampler (Lipman et al. 2022). There and on EDM's path it is ddim's step; on a table of
+    betas ddim, which is exact for a single image, serves better.
+    """
+    here = chain.diffusion.level(chain.times)
+    h = np.diff(np.append(chain.times.astype(np.float64), chain.diffusion.path.origin))
+    of_x, of_x_start = ode_weights(here)
+    for k, (a, b) in enumerate(chain.rows(1 + h * of_x, h * of_x_start)):
+        x_start, _ = chain.denoise(x, k)
+        x = a * x + b * x_start
+        yield x, x_start
+
+
 def heun(chain: Chain, x: Tensor) -> Sampled:
-    """Heun's method as in EDM (Karras et al. 2022, algorithm 1), on the network's own times.
+    """Heun's method as in EDM (Karras et al. 2022, algorithms 1 and, with churn, 2), on the network's own times.
 
     The ODE is d(x/alpha) = eps d(sigma/alpha). Second order, two evaluations a step but one in the last, and in a
-    first without signal: those are Euler's, since sigma/alpha is 0 or infinite at one end.
+    first without signal: those are Euler's, since sigma/alpha is 0 or infinite at one end. With rho spacing and 18
+    steps the paper's own for CIFAR-10. Churn mends what a network gets wrong over hundreds of steps, not with few.
     """
-    alpha, sigma, alpha_next, sigma_next = chain.signal[:-1], chain.sigma[:-1], chain.signal[1:], chain.sigma[1:]
+    start, alpha_next, sigma_next = _starts(chain), chain.signal[1:], chain.sigma[1:]
+    alpha, sigma = start.alpha, start.sigma
     euler = chain.rows(sigma_next / sigma, alpha_next - sigma_next / sigma * alpha)
     with np.errstate(divide="ignore", invalid="ignore"):
         s, s_next = sigma / alpha, sigma_next / alpha_next
@@ -162,8 +191,14 @@ def heun(chain: Chain, x: Tensor) -> Sampled:
         correction = chain.rows(
             alpha_next / alpha * (1 + half / s), -alpha_next * half / s, half / s_next, -alpha_next * half / s_next
         )
+        added = alpha * np.sqrt(np.maximum(s**2 - (chain.sigma[:-1] / chain.signal[:-1]) ** 2, 0)) * chain.churn.scale
+        churn = chain.rows(alpha / chain.signal[:-1], added)
+    first = 0 if chain.starts is None else len(chain.times)
     for k, (a, b) in enumerate(euler):
-        x_start, _ = chain.denoise(x, k)
+        if first and added[k] > 0:
+            of_x, deviation = churn[k]
+            x = of_x * x + deviation * chain.noise(k)
+        x_start, _ = chain.denoise(x, first + k)
         x_next = a * x + b * x_start
         if k < len(euler) - 1 and alpha[k] > 0:
             of_x, of_x_start, of_next, of_x_start_next = correction[k]
@@ -171,6 +206,23 @@ def heun(chain: Chain, x: Tensor) -> Sampled:
             x_next = of_x * x + of_x_start * x_start + of_next * x_next + of_x_start_next * x_start_next
         x = x_next
         yield x, x_start
+
+
+def _starts(chain: Chain) -> Level:
+    return chain.diffusion.level(chain.times if chain.starts is None else chain.starts)
+
+
+def churned(diffusion: Process, times: Times, churn: Churn) -> Times | None:
+    """[S]: the times from which the steps go once noise is added, sigma / alpha being 1 + gamma times what it was."""
+    if not churn.amount:
+        return None
+    level = diffusion.level(times)
+    with np.errstate(divide="ignore"):
+        ratio = level.sigma / level.alpha
+    low, high = churn.interval
+    gamma = min(churn.amount / len(times), math.sqrt(2) - 1)
+    more = diffusion.times_of(-np.log(np.where(level.alpha > 0, ratio, 1.0) * (1 + gamma)))
+    return np.where((low <= ratio) & (ratio <= high) & (level.alpha > 0), np.maximum(more, times), times)
 
 
 def unipc(chain: Chain, x: Tensor, order: int = 3) -> Sampled:
@@ -239,10 +291,3 @@ def _share_of_previous(h: Float64s) -> Float64s:
     share = np.zeros_like(h)
     share[1:-1] = h[1:-1] / h[:-2] / 2
     return share
-
-
-def respaced(diffusion: GaussianDiffusion, times: Times) -> GaussianDiffusion:
-    """The process whose S steps are the given times, and whose network gives x_start."""
-    alphas_cumprod = diffusion.alphas_cumprod[times[::-1]]
-    betas = 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
-    return GaussianDiffusion(betas, "x_start", diffusion.variance)

@@ -154,8 +154,10 @@ def mean_bits_per_dim(order: Order, manifest: Manifest | None, compare: Comparis
                 raise _given_up(outcome)
             sums += outcome.value
             progress.add(outcome.value[0], counted(compare.pool.alive, "worker"))
-    bits, prior, decoder = (sums[1:] / sums[0]).tolist()
-    return {BITS_PER_DIM: bits, f"{BITS_PER_DIM}_prior": prior, f"{BITS_PER_DIM}_decoder": decoder}
+    found = dict(
+        zip((BITS_PER_DIM, f"{BITS_PER_DIM}_prior", f"{BITS_PER_DIM}_decoder"), sums[1:] / sums[0], strict=True)
+    )
+    return {name: float(value) for name, value in found.items() if not np.isnan(value)}  # the ODE's has no parts
 
 
 def nearest(order: Order, compare: Comparison, samples: str, data: DataIndex, name: str) -> dict[str, Any]:

@@ -54,6 +54,11 @@ def render(cfg: Config, found: Sequence[dict[str, Any]], events: Events, summary
     )
 
 
+def _process(cfg: Config) -> str:
+    d = cfg.diffusion
+    return f"{d.timesteps} steps, {d.schedule}" if d.process == "ddpm" else f"{d.process}, times {d.times}"
+
+
 def _lead(cfg: Config, found: Sequence[dict[str, Any]]) -> str:
     network = f"{cfg.model.channels} channels × {list(cfg.model.channel_mult)}"
     size = f"{cfg.data.image_size}×{cfg.data.image_size}, {'colour' if cfg.data.channels == 3 else 'grey'}"
@@ -61,7 +66,7 @@ def _lead(cfg: Config, found: Sequence[dict[str, Any]]) -> str:
         ("data", cfg.data.url if isinstance(cfg.data.url, str) else ", ".join(cfg.data.url)),
         ("images", size),
         ("network", network),
-        ("process", f"{cfg.diffusion.timesteps} steps, {cfg.diffusion.schedule}, {cfg.diffusion.prediction}"),
+        ("process", f"{_process(cfg)}, {cfg.diffusion.prediction}"),
         ("training", f"{cfg.train.steps:,} steps × {cfg.train.global_batch} images, lr {cfg.train.lr:g}"),
         ("sampler", f"{cfg.sampling.sampler}, {cfg.sampling.steps or cfg.diffusion.timesteps} steps"),
         ("evaluated", f"{len(found)} times"),

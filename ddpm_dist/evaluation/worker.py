@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddpm_dist import snapshot, storage
+from ddpm_dist import rng, snapshot, storage
 from ddpm_dist.config import ClusterConfig
 from ddpm_dist.data import iterate, load_index, share_of
-from ddpm_dist.diffusion import bits_per_dim
+from ddpm_dist.diffusion import GaussianDiffusion, Network, Process, bits_per_dim, log_likelihood
 from ddpm_dist.errors import EvaluationError
 from ddpm_dist.evaluation.distances import nearest
 from ddpm_dist.evaluation.features import FeatureNetwork, Output, open_network
@@ -130,13 +130,16 @@ class EvaluationWorker:
     def likelihood(self, task: LikelihoodTask) -> tuple[int, float, float, float]:
         """(images, sums of bits/dim: all, the prior's, the decoder's): the bound of Ho et al. 2020, equation 5.
 
-        The decoder's part, L_0, is what section 4.3 calls distortion; the rest is the rate.
+        The decoder's part, L_0, is what section 4.3 calls distortion; the rest is the rate. Of a continuous process it
+        is the probability-flow ODE's likelihood instead, in all; its parts are nan.
         """
+        by_ode = not snapshot.diffusion_in(task.snapshot).discrete
         with self._computing:
-            network, diffusion = self._sampler.network(task.snapshot, "fp32")
+            network, diffusion = self._sampler.network(task.snapshot, "fp32", differentiable=by_ode)
         info = snapshot.load_info(task.snapshot)
         count, total, prior, decoder = 0, 0.0, 0.0, 0.0
         for first, images, labels in _blocks(task.images, LIKELIHOOD_BATCH, task.limit):
+<<<<<<< HEAD
             with self._computing:
                 bits = bits_per_dim(
                     network,
@@ -149,6 +152,22 @@ class EvaluationWorker:
                 sums = [float(values.sum()) for values in (bits.total, bits.prior, bits.terms[:, 0])]
             count += len(images)
             total, prior, decoder = total + sums[0], prior + sums[1], decoder + sums[2]
+=======
+            x_start = (images.to(self._device).float() / 127.5) - 1
+            indices = torch.arange(first, first + len(images), device=self._device)
+            classes = self._classes(labels, len(images), task, info)
+            count += len(images)
+            if not isinstance(diffusion, GaussianDiffusion):
+                with self._computing:
+                    total += float(_ode_bits(network, diffusion, x_start, task.seed, indices, classes).sum())
+                prior = decoder = math.nan
+                continue
+            with self._computing:
+                bits = bits_per_dim(network, diffusion, x_start, seed=task.seed, indices=indices, labels=classes)
+            total += float(bits.total.sum())
+            prior += float(bits.prior.sum())
+            decoder += float(bits.terms[:, 0].sum())
+>>>>>>> c36c06d (Processes on (alpha, sigma) of a continuous time: EDM's and flow matching's beside the paper's table)
         return count, total, prior, decoder
 
     def _classes(self, labels: Tensor | None, count: int, task: LikelihoodTask, info: dict[str, Any]) -> Tensor | None:
@@ -190,6 +209,15 @@ class EvaluationWorker:
             if key not in self._networks:
                 self._networks[key] = open_network(spec, shape, self._device)
         return self._networks[key]
+
+
+def _ode_bits(
+    network: Network, diffusion: Process, x_start: Tensor, seed: int, indices: Tensor, labels: Tensor | None
+) -> Tensor:
+    """Bits/dim [B] of pixels: of their values with a grey level's uniform noise (Theis et al. 2016, section 3.1)."""
+    noise = rng.uniform(seed, rng.Purpose.LIKELIHOOD, indices, x_start.shape[1:], rng.MAX_STEP) - 0.5
+    nats = log_likelihood(network, diffusion, x_start + noise / 127.5, seed=seed, indices=indices, labels=labels)
+    return math.log2(127.5) - nats / (x_start[0].numel() * math.log(2))
 
 
 def _check_finite(output: Output, name: str, images: SetPart, first: int) -> None:

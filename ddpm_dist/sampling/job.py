@@ -151,11 +151,13 @@ def _draft(order: Order) -> _Draft:
         raise SamplingError(f"--num-samples {order.num_samples}: at least 1 is needed")
     info = snapshot.load_info(order.snapshot)
     _labels(order, info)
-    if info["null_label"] is None and order.sampling.guidance_scale != 1:
+    if order.sampling.guide is not None:
+        _check_guide(order.sampling.guide, info)
+    elif info["null_label"] is None and order.sampling.guidance_scale != 1:
         kind = "is unconditional" if info["num_classes"] is None else "has no null class"
         raise SamplingError(
             f"sampling.guidance_scale: {order.sampling.guidance_scale}: this snapshot's network {kind}, it can't be "
-            "guided; use 1"
+            "guided by classes; use 1, or sampling.guide: URL of a worse snapshot"
         )
     storage.check_access(order.out, "--out")
     stored = load_manifest(order.out)
@@ -164,6 +166,16 @@ def _draft(order: Order) -> _Draft:
             f"--out {storage.redact(order.out)}: holds objects, but no {MANIFEST} of a sampling job; use another --out"
         )
     return _Draft(info, snapshot.snapshot_id(order.snapshot), stored)
+
+
+def _check_guide(url: str, info: dict[str, Any]) -> None:
+    """SamplingError unless sampling.guide is a snapshot of the same kind of images."""
+    theirs = snapshot.load_info(url)
+    for name in ("image_size", "channels"):
+        if theirs[name] != info[name]:
+            raise SamplingError(
+                f"sampling.guide: {storage.redact(url)} has {name} {theirs[name]}, the snapshot {info[name]}"
+            )
 
 
 def _settle_all(orders: Sequence[Order], drafts: Sequence[_Draft], pool: ActorPool) -> list[Manifest]:
@@ -218,6 +230,7 @@ def _manifest(order: Order, draft: _Draft, fingerprint: Fingerprint, batch_size:
         num_samples=order.num_samples,
         labels=_labels(order, info).spec,
         sampling=order.sampling.model_copy(update={"batch_size": batch_size}),
+        guide_id=order.sampling.guide and snapshot.snapshot_id(order.sampling.guide),
         fingerprint=fingerprint,
         versions={"ddpm_dist": ddpm_dist.__version__, "ray": version("ray"), "torch": str(torch.__version__)},
     )

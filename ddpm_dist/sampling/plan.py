@@ -133,6 +133,8 @@ class Manifest(BaseModel):
     labels: str
     sampling: SamplingConfig
     """With the batch size that was found."""
+    guide_id: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    """What sampling.guide is, where there is one."""
     fingerprint: Fingerprint
     versions: dict[str, str]
 
@@ -173,8 +175,8 @@ def _compare(mine: dict[str, Any], theirs: dict[str, Any], prefix: str) -> list[
     for key, value in mine.items():
         if isinstance(value, dict):
             found += _compare(value, theirs[key], f"{prefix}{key}.")
-        elif value != theirs[key]:
-            found.append(f"{prefix}{key}: {value} -> {theirs[key]}")
+        elif value != theirs.get(key):
+            found.append(f"{prefix}{key}: {value} -> {theirs.get(key)}")
     return found
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm_dist.diffusion import GaussianDiffusion
+from ddpm_dist.diffusion import Process
 from ddpm_dist.errors import ConfigError
 from ddpm_dist.models import UNet, UNetConfig
 
@@ -23,7 +23,7 @@ class Task:
     """What a network does, beside what it is."""
 
     network: UNetConfig
-    diffusion: GaussianDiffusion
+    diffusion: Process
     null_label: int | None
     """The row of the null class; none: there are no classes, or all rows are classes."""
 

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from ddpm_dist import storage
 from ddpm_dist.config import Config
-from ddpm_dist.diffusion import GaussianDiffusion
+from ddpm_dist.diffusion import Process, make_process
 from ddpm_dist.errors import NotFoundError, SnapshotError
 from ddpm_dist.models import UNet, UNetConfig, current_keys, unknown_keys
 from ddpm_dist.snapshot.files import STEM, parse_json, read_weights, what_is_in
 from ddpm_dist.snapshot.names import load_into, modern_names
 from ddpm_dist.snapshot.recipes import LEARNED, network_of
-from ddpm_dist.snapshot.scheduler import from_diffusers, not_kept, portable, to_diffusers
+from ddpm_dist.snapshot.scheduler import from_diffusers, not_kept, pipeline_class, portable, to_diffusers
 
 INDEX = "model_index.json"
 OURS = "ddpm_dist.json"
@@ -38,13 +38,13 @@ SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 FORMAT = 1
 
 
-def build(cfg: Config) -> tuple[UNet, GaussianDiffusion]:
+def build(cfg: Config) -> tuple[UNet, Process]:
     """The untrained network of a recipe, drawn from run.seed, and its diffusion process.
 
     model.channels_last and model.compile are left to the engine, as they are about how the network is called.
     """
     unet = UNet(network_of(cfg)).checkpoint(cfg.model.checkpoint_levels).initialize(cfg.run.seed)
-    return unet, GaussianDiffusion.from_config(cfg.diffusion)
+    return unet, make_process(cfg.diffusion)
 
 
 def network_in(url: str) -> UNetConfig:
@@ -54,7 +54,7 @@ def network_in(url: str) -> UNetConfig:
     return UNetConfig.from_diffusers(parse_json(data, f"{storage.redact(url)}/{name}"), f"{storage.redact(url)}/{name}")
 
 
-def diffusion_in(url: str) -> GaussianDiffusion:
+def diffusion_in(url: str) -> Process:
     """The diffusion process of a snapshot, without its weights."""
     return from_diffusers(*_scheduler_in(url), network_in(url).learns_variance)
 
@@ -77,7 +77,7 @@ def save_snapshot(
     url: str,
     weights: UNet | Mapping[str, Tensor],
     unet_config: UNetConfig,
-    diffusion: GaussianDiffusion,
+    diffusion: Process,
     info: Mapping[str, Any],
     may_publish: Callable[[], None] = lambda: None,
 ) -> None:
@@ -111,7 +111,7 @@ def save_snapshot(
         "files": {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in files.items()},
     }
     pipeline = {
-        "_class_name": "DDPMPipeline" if why_not is None else "DdpmDistPipeline",
+        "_class_name": pipeline_class(diffusion) if why_not is None else "DdpmDistPipeline",
         "scheduler": ["diffusers" if why_not is None else "ddpm_dist", to_diffusers(diffusion)["_class_name"]],
         "unet": ["diffusers", unet_config.to_diffusers()["_class_name"]],
     }
@@ -122,7 +122,7 @@ def save_snapshot(
         storage.publish(storage.join(url, name), data)
 
 
-def load_snapshot(url: str) -> tuple[UNet, GaussianDiffusion]:
+def load_snapshot(url: str) -> tuple[UNet, Process]:
     """Network (float32, in evaluation mode) and diffusion process of a folder that we or diffusers wrote.
 
     Raises SnapshotError if it isn't a snapshot, if a file is damaged, or if config and weights don't fit.

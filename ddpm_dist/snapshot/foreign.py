@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from ddpm_dist import storage
-from ddpm_dist.diffusion import GaussianDiffusion
+from ddpm_dist.diffusion import GaussianDiffusion, Process
 from ddpm_dist.errors import ConfigError, NotFoundError, SnapshotError
 from ddpm_dist.models import UNet, UNetConfig
 from ddpm_dist.snapshot.files import parse_file, parse_json, read_weights, what_is_in
@@ -30,7 +30,7 @@ class Foreign:
     """A network and its process out of a foreign file."""
 
     unet: UNet
-    diffusion: GaussianDiffusion
+    diffusion: Process
     kind: str | None
     """ema, raw, or none where neither file nor user says."""
     layout: str

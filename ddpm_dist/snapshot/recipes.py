@@ -13,7 +13,14 @@ import numpy as np
 from pydantic import ValidationError
 
 from ddpm_dist.config import Config, ModelConfig
-from ddpm_dist.diffusion import SCHEDULES, GaussianDiffusion, make_betas, rescale_zero_terminal_snr
+from ddpm_dist.diffusion import (
+    SCHEDULES,
+    ContinuousDiffusion,
+    GaussianDiffusion,
+    Process,
+    make_betas,
+    rescale_zero_terminal_snr,
+)
 from ddpm_dist.errors import ConfigError
 from ddpm_dist.models import UNetConfig
 from ddpm_dist.recipe import apply_override, validate
@@ -26,6 +33,8 @@ LEARNED = ("learned", "learned_range")
 SCHEDULE_KEYS = tuple(f"diffusion.{name}" for name in
                       ("schedule", "timesteps", "beta_start", "beta_end", "betas", "zero_terminal_snr"))  # fmt: skip
 """They describe one thing, the betas, and are compared and taken as one."""
+
+SIGMAS = ("sigma_min", "sigma_max")
 
 HEAD_KEYS = ("model.head_channels", "model.heads")
 
@@ -69,10 +78,16 @@ def _has_residual_resampling(network: UNetConfig) -> bool:
     return residual or (network.downsample_type == "resnet" and any(kind.startswith("Attn") for kind in between))
 
 
-def keys_of_process(diffusion: GaussianDiffusion) -> dict[str, Any]:
+def keys_of_process(diffusion: Process) -> dict[str, Any]:
     """`diffusion.*` that make the same process: its schedule by name where it has one, else its betas."""
+    if isinstance(diffusion, ContinuousDiffusion):
+        names = ("prediction", "variance", "sigma_data", *(SIGMAS if diffusion.name == "edm" else ()))
+        told = {f"diffusion.{name}": getattr(diffusion, name) for name in names}
+        return {"diffusion.process": diffusion.name, **told}
+    assert isinstance(diffusion, GaussianDiffusion)
     betas, steps = diffusion.betas, diffusion.timesteps
     keys: dict[str, Any] = {
+        "diffusion.process": "ddpm",
         "diffusion.prediction": diffusion.prediction,
         "diffusion.variance": diffusion.variance,
         "diffusion.timesteps": steps,
@@ -104,6 +119,8 @@ def reconcile(
     """
     values = cfg.model_dump(mode="json")
     refused: list[str] = []
+    if _value(cfg, "diffusion.process") != told.get("diffusion.process", "ddpm"):
+        told = _of_another_process(cfg, told, values["diffusion"])
     for keys in _grouped(told):
         apart = [key for key in keys if not _equal(key, _value(cfg, key), told[key])]
         if keys == SCHEDULE_KEYS and np.array_equal(_betas(told), GaussianDiffusion.from_config(cfg.diffusion).betas):
@@ -131,6 +148,16 @@ def reconcile(
             + f"\nLeave these keys out of the recipe to take them from there{remedy}."
         )
     return validate(values, f"the recipe with what {place} says")
+
+
+def _of_another_process(cfg: Config, told: Mapping[str, Any], values: dict[str, Any]) -> Mapping[str, Any]:
+    """What is told, as far as it can be compared; of `values` goes what follows from the process, if it is open."""
+    if not _is_stated(cfg, "diffusion.process"):
+        if not _is_stated(cfg, "diffusion.times"):
+            del values["times"]
+        return told
+    own = {*SCHEDULE_KEYS, "diffusion.sigma_data", *(f"diffusion.{name}" for name in SIGMAS)}
+    return {key: value for key, value in told.items() if key not in own}
 
 
 def check_describable(network: UNetConfig, place: str) -> None:

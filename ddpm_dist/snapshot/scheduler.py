@@ -4,8 +4,16 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_dist.diffusion import SCHEDULES, GaussianDiffusion, make_betas, rescale_zero_terminal_snr
+from ddpm_dist.diffusion import (
+    SCHEDULES,
+    ContinuousDiffusion,
+    GaussianDiffusion,
+    Process,
+    make_betas,
+    rescale_zero_terminal_snr,
+)
 from ddpm_dist.errors import ConfigError, SnapshotError
+from ddpm_dist.snapshot import levels
 
 PREDICTIONS = {"eps": "epsilon", "x_start": "sample", "v": "v_prediction"}
 """Ours: theirs. x_prev is missing there."""
@@ -49,8 +57,8 @@ SAMPLERS = ("DDIM", "DDIMInverse", "DDIMParallel", "PNDM", "EulerDiscrete", "Eul
 """Classes (… Scheduler) that sample the same process in another way, and need no variance of it."""
 
 OTHER_PROCESSES = {
-    "flow": "flow matching",
-    "edm": "EDM's process (sigmas and preconditioning)",
+    "flow": "flow matching in another form than EulerDiscrete and HeunDiscrete",
+    "edm": "EDM's in another form than Euler and DPMSolverMultistep",
     "cmstochastic": "a consistency model",
     "lcm": "a consistency model",
     "tcd": "a consistency model",
@@ -68,6 +76,8 @@ PROCESS = ("beta_end", "beta_schedule", "beta_start", "num_train_timesteps", "pr
 
 def not_kept(config: dict[str, Any]) -> list[str]:
     """What a scheduler_config.json says that isn't taken over, in sentences: how to sample belongs to a job here."""
+    if levels.is_continuous(config):
+        return levels.not_kept(config)
     others = {
         name: value
         for name, value in sorted(config.items())
@@ -99,8 +109,10 @@ def _check_class(config: dict[str, Any], source: str) -> None:
         raise SnapshotError(f"{source}: _class_name is {kind!r}, of which process isn't known; known are {known}")
 
 
-def portable(diffusion: GaussianDiffusion) -> str | None:
+def portable(diffusion: Process) -> str | None:
     """None if diffusers can express the process; otherwise what it lacks."""
+    if isinstance(diffusion, ContinuousDiffusion):
+        return levels.portable(diffusion)
     if diffusion.prediction not in PREDICTIONS:
         return f"diffusers has no prediction of {diffusion.prediction}"
     if diffusion.variance not in VARIANCES:
@@ -108,8 +120,16 @@ def portable(diffusion: GaussianDiffusion) -> str | None:
     return None
 
 
-def to_diffusers(diffusion: GaussianDiffusion) -> dict[str, Any]:
+def pipeline_class(diffusion: Process) -> str:
+    """The pipeline of diffusers that samples a portable process as it is meant."""
+    return levels.PIPELINES[diffusion.name] if isinstance(diffusion, ContinuousDiffusion) else "DDPMPipeline"
+
+
+def to_diffusers(diffusion: Process) -> dict[str, Any]:
     """scheduler_config.json. Betas that its linear or scaled-linear schedule doesn't give become trained_betas."""
+    if isinstance(diffusion, ContinuousDiffusion):
+        return levels.to_diffusers(diffusion)
+    assert isinstance(diffusion, GaussianDiffusion)
     betas = np.asarray(diffusion.betas, dtype=np.float64)
     start, end, steps = float(betas[0]), float(betas[-1]), len(betas)
     named = ("linear", "scaled_linear") if 0 < start <= end < 1 else ()
@@ -128,11 +148,13 @@ def to_diffusers(diffusion: GaussianDiffusion) -> dict[str, Any]:
     }
 
 
-def from_diffusers(config: dict[str, Any], source: str, doubled: bool = False) -> GaussianDiffusion:
+def from_diffusers(config: dict[str, Any], source: str, doubled: bool = False) -> Process:
     """The process of a scheduler_config.json; SnapshotError names what is missing or unknown in it.
 
     doubled: whether the network gives a variance as well.
     """
+    if levels.is_continuous(config):
+        return levels.from_diffusers(config, source, doubled)
     _check_class(config, source)
     prediction, variance = _read_prediction(config, source), _read_variance(config, source, doubled)
     try:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddpm_dist import snapshot, storage
 from ddpm_dist.config import Config
-from ddpm_dist.diffusion import GaussianDiffusion
+from ddpm_dist.diffusion import make_process
 from ddpm_dist.engine import Engine, World, broadcast_object
 from ddpm_dist.errors import ConfigError
 from ddpm_dist.models import UNet, UNetConfig
@@ -127,7 +127,7 @@ def init_from(url: str, cfg: Config, world: World, engine: Engine, ema: Ema) -> 
 
 def task_of(cfg: Config) -> Task:
     """What the network of a recipe does."""
-    return Task(snapshot.network_of(cfg), GaussianDiffusion.from_config(cfg.diffusion), cfg.model.num_classes)
+    return Task(snapshot.network_of(cfg), make_process(cfg.diffusion), cfg.model.num_classes)
 
 
 def _read(url: str, cfg: Config) -> Origin:

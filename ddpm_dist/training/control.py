@@ -43,10 +43,11 @@ class Control:
         self._work: dist.Work | None = None
         self._arrived: torch.cuda.Event | None = None
 
-    def tell(self, loss: Tensor, t: Tensor, timesteps: int, bad_samples: int, stop: bool, preempted: bool) -> None:
-        """Starts the reduction of this step. loss: [B/W] on the world's device. t: [B/W] in host memory."""
+    def tell(self, loss: Tensor, quarter: Tensor, bad_samples: int, stop: bool, preempted: bool) -> None:
+        """Starts the reduction of this step. loss: [B/W] on the world's device. quarter: [B/W] int64 in host memory, in
+        which of the draws' times each lies."""
         loss = loss.detach().double()
-        sums, counts = quartile_means(t.to(loss.device, non_blocking=True), loss, timesteps)
+        sums, counts = quartile_means(quarter.to(loss.device, non_blocking=True), loss)
         head = torch.tensor([loss.numel(), bad_samples, stop, preempted], dtype=torch.float64)
         values = torch.cat((loss.sum().view(1), head.to(loss.device, non_blocking=True), sums, counts))
         if self._world.size > 1:

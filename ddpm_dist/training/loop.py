@@ -17,7 +17,7 @@ from ddpm_dist import snapshot, storage
 from ddpm_dist.cluster import restart_parts, tell
 from ddpm_dist.config import Config
 from ddpm_dist.data import Batch, Loader
-from ddpm_dist.diffusion import LossHistory
+from ddpm_dist.diffusion import QUARTILES, LossHistory, bins_of
 from ddpm_dist.engine import Engine, World, broadcast_object, gather_tensor
 from ddpm_dist.errors import PreemptedError
 from ddpm_dist.progress import StepProgress
@@ -63,7 +63,7 @@ class Training:
         tell("engine")
         self.ema = Ema(self.engine.pieces(), cfg)
         learns_t = cfg.diffusion.t_sampling == "loss_second_moment"
-        self.history = LossHistory(cfg.diffusion.timesteps) if learns_t else None
+        self.history = LossHistory.of(self.diffusion) if learns_t else None
         self.loader = Loader(cfg, world.rank, world.size, pinned=world.device.type == "cuda")
         self.goodput = Goodput()
         self.control = Control(world)
@@ -169,7 +169,8 @@ class Training:
             with self.clock.phase("ema"):
                 self.ema.update(self.step, self.cfg.train.global_batch)
         if self.history is not None:
-            self.history.update(gather_tensor(self.world, result.t), gather_tensor(self.world, result.loss))
+            bins = bins_of(self.diffusion, self.cfg.diffusion, result.t, len(self.history.counts))
+            self.history.update(gather_tensor(self.world, bins), gather_tensor(self.world, result.loss))
         return result
 
     def _exchange(self, batch: Batch, result: StepResult) -> tuple[bool, bool]:
@@ -178,7 +179,8 @@ class Training:
         heard = self.control.hear()
         stop = self._asked_to_stop or (self.lease is not None and self.lease.stop_requested)
         bad = sum(batch.bad.values())
-        self.control.tell(result.loss, result.t, self.cfg.diffusion.timesteps, bad, stop, self._preempted())
+        quarter = bins_of(self.diffusion, self.cfg.diffusion, result.t, QUARTILES)
+        self.control.tell(result.loss, quarter, bad, stop, self._preempted())
         if self.lease is not None:
             self.lease.step = self.step
         if heard is None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ddpm_dist import rng
 from ddpm_dist.config import Config
-from ddpm_dist.diffusion import GaussianDiffusion, LossHistory, draw_t, drop_labels, training_losses
+from ddpm_dist.diffusion import LossHistory, Process, draw_t, drop_labels, training_losses
 from ddpm_dist.engine import Engine, StepReport, World
 from ddpm_dist.rng import Purpose
 from ddpm_dist.training.metrics import PhaseClock
@@ -52,7 +52,7 @@ class StepResult:
     """What one rank saw in a step."""
 
     t: Tensor
-    """[B/W] int64, the diffusion times, in host memory."""
+    """[B/W] int64, or float64 of a continuous process: the diffusion times, in host memory."""
     loss: Tensor
     """[B/W] float32, the loss of each image before the mean, on the device."""
     report: StepReport
@@ -60,7 +60,7 @@ class StepResult:
 
 def training_step(
     engine: Engine,
-    diffusion: GaussianDiffusion,
+    diffusion: Process,
     images: Tensor,
     labels: Tensor | None,
     step: int,
@@ -80,7 +80,7 @@ def training_step(
     with clock.phase("forward"):
         places = torch.arange(world.rank * plan.share, (world.rank + 1) * plan.share)
         x_start = to_model_range(images.to(world.device, non_blocking=True))
-        drawn, weight = draw_t(cfg.diffusion, seed, step, places, batch, history)
+        drawn, weight = draw_t(diffusion, cfg.diffusion, seed, step, places, batch, history)
         t, weight = (one.to(world.device, non_blocking=True) for one in (drawn, weight))
         image_numbers = (places + step * batch).to(world.device, non_blocking=True)
         eps = rng.normal(seed, Purpose.EPS, image_numbers, x_start.shape[1:])

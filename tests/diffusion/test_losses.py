@@ -1,6 +1,5 @@
-"""Losses against torch.distributions, scipy and the published weight formulas; the draw of t."""
+"""Losses against torch.distributions, scipy and the published weight formulas."""
 
-import json
 import math
 
 import numpy as np
@@ -8,23 +7,18 @@ import pytest
 import scipy.stats
 import torch
 
-from ddpm_dist import rng
 from ddpm_dist.config import DiffusionConfig
 from ddpm_dist.diffusion.gaussian import PREDICTIONS, GaussianDiffusion
 from ddpm_dist.diffusion.losses import (
-    LossHistory,
     discretized_gaussian_log_likelihood,
-    draw_t,
     drop_labels,
     loss_weight,
     normal_kl,
-    quartile_means,
     training_losses,
     vlb_term,
 )
 from ddpm_dist.diffusion.schedules import make_betas
-from ddpm_dist.errors import ConfigError
-from ddpm_dist.rng import Purpose
+from ddpm_dist.diffusion.times import draw_t
 
 T = 1000
 BETAS = make_betas("linear", T)
@@ -193,125 +187,7 @@ def test_the_weight_is_the_squared_errors_alone_and_not_in_the_log(loss):
     torch.testing.assert_close(losses.loss, (snr.clamp(max=5) / snr * mse + bound).float())
 
 
-# The draw of t
-
-
-@pytest.mark.parametrize("kind", ["uniform", "stratified"])
-def test_t_of_a_place_does_not_depend_on_the_ranks(kind):
-    cfg = DiffusionConfig(t_sampling=kind)
-    whole, weight = draw_t(cfg, 5, 17, torch.arange(64), 64)
-    parts = [draw_t(cfg, 5, 17, torch.arange(r * 16, r * 16 + 16), 64)[0] for r in range(4)]
-    assert torch.equal(whole, torch.cat(parts))
-    assert (weight == 1).all()
-    assert not torch.equal(whole, draw_t(cfg, 5, 18, torch.arange(64), 64)[0])
-    assert not torch.equal(whole, draw_t(cfg, 6, 17, torch.arange(64), 64)[0])
-
-
-def test_uniform_t_belongs_to_the_samples_number_in_the_run():
-    t, _ = draw_t(DiffusionConfig(), 5, 17, torch.arange(64), 64)
-    assert torch.equal(t, rng.integers(5, Purpose.T, 17 * 64 + torch.arange(64), T))
-    following, _ = draw_t(DiffusionConfig(), 5, 18, torch.arange(64), 64)
-    assert not torch.equal(t[1:], following[:-1])
-
-
-@pytest.mark.parametrize("kind", ["uniform", "stratified"])
-def test_t_of_each_place_is_uniform(kind):
-    """Over 2,000 steps, for the first and the last place alone: chi-squared in 20 classes."""
-    cfg = DiffusionConfig(t_sampling=kind, timesteps=T)
-    t = torch.stack([draw_t(cfg, 0, step, torch.tensor([0, 127]), 128)[0] for step in range(2000)])
-    assert t.min() >= 0
-    assert t.max() < T
-    for place in range(2):
-        counts = np.bincount(t[:, place] * 20 // T, minlength=20)
-        assert scipy.stats.chisquare(counts).pvalue > 1e-3
-
-
-def test_stratified_covers_every_stratum_of_the_global_batch():
-    cfg = DiffusionConfig(t_sampling="stratified")
-    for step in range(20):
-        t, _ = draw_t(cfg, 0, step, torch.arange(100), 100)
-        gaps = torch.diff(torch.sort(t).values)
-        assert ((gaps >= 9) & (gaps <= 11)).all()
-
-
-def warmed_history(timesteps=8, per_t=4):
-    history = LossHistory(timesteps, per_t)
-    for repeat in range(per_t + 2):
-        history.update(torch.arange(timesteps), torch.arange(1.0, timesteps + 1) * (1 + 0.1 * repeat))
-    return history
-
-
-def test_loss_second_moment_is_uniform_until_every_t_has_its_losses():
-    history = LossHistory(8, per_t=2)
-    history.update(torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7]), torch.arange(15.0))
-    np.testing.assert_allclose(history.probabilities(), 1 / 8)
-    history.update(torch.tensor([7, 7]), torch.tensor([math.nan, math.inf]))
-    np.testing.assert_allclose(history.probabilities(), 1 / 8)
-    history.update(torch.tensor([7]), torch.tensor([1.0]))
-    assert history.probabilities().std() > 0.01
-
-
-def test_loss_second_moment_follows_the_last_losses():
-    """Of another spread at each t, and not as often at each, so that nothing cancels in the proportions."""
-    history, generator = LossHistory(8, per_t=4), np.random.default_rng(0)
-    losses = [generator.uniform(0, t + 1, size=4 + t) for t in range(8)]
-    for t, values in enumerate(losses):
-        history.update(torch.full((len(values),), t), torch.tensor(values))
-    root = np.array([np.sqrt((values[-4:] ** 2).mean()) for values in losses])
-    np.testing.assert_allclose(history.probabilities(), root / root.sum() * 0.999 + 0.001 / 8, rtol=1e-6)
-
-
-def test_many_losses_at_once_are_those_one_after_another():
-    generator = np.random.default_rng(1)
-    history, losses, counts = LossHistory(8, per_t=4), np.zeros((8, 4)), np.zeros(8, int)
-    for size in (0, 1, 5, 40, 200):
-        t, values = generator.integers(0, 7, size), generator.uniform(size=size).astype(np.float32)
-        values[generator.uniform(size=size) < 0.2] = np.nan
-        history.update(torch.from_numpy(t), torch.from_numpy(values))
-        for time, value in zip(t, values, strict=True):
-            if np.isfinite(value):
-                losses[time, counts[time] % 4] = value
-                counts[time] += 1
-        np.testing.assert_array_equal(history.losses, losses)
-        np.testing.assert_array_equal(history.counts, counts)
-
-
-def test_loss_second_moment_is_unbiased():
-    history = warmed_history()
-    cfg = DiffusionConfig(t_sampling="loss_second_moment", timesteps=8)
-    t, weight = draw_t(cfg, 0, 0, torch.arange(40000), 40000, history)
-    values = torch.arange(1.0, 9) ** 2
-    estimate = values[t] * weight
-    assert estimate.mean().item() == pytest.approx(values.mean().item(), abs=4 * estimate.std().item() / 200)
-    np.testing.assert_allclose(np.bincount(t, minlength=8) / 40000, history.probabilities(), atol=0.01)
-
-
-def test_history_travels_in_the_training_state():
-    history, other = warmed_history(), LossHistory(8, 4)
-    state = history.state_dict()
-    before = {name: value.clone() for name, value in state.items()}
-    more = torch.tensor([3, 3, 5]), torch.tensor([0.1, 0.2, 0.3])
-    history.update(*more)
-    assert all(torch.equal(value, before[name]) for name, value in state.items())  # it may be written meanwhile
-    other.load_state_dict(state)
-    other.update(*more)
-    np.testing.assert_array_equal(history.probabilities(), other.probabilities())
-    with pytest.raises(ConfigError, match="timesteps"):
-        LossHistory(9, 4).load_state_dict(history.state_dict())
-
-
-def test_loss_second_moment_without_history_is_refused():
-    with pytest.raises(ConfigError, match="needs the history"):
-        draw_t(DiffusionConfig(t_sampling="loss_second_moment"), 0, 0, torch.arange(4), 4)
-
-
-def test_quartiles():
-    t = torch.tensor([0, 249, 250, 500, 749, 750, 999])
-    loss = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, math.nan])
-    sums, counts = quartile_means(t, loss, T)
-    assert counts.tolist() == [2, 1, 2, 2]
-    assert sums[:3].tolist() == [3, 4, 24]
-    assert sums[3].isnan()
+# Dropped labels
 
 
 def test_label_dropout():
@@ -330,18 +206,6 @@ def test_label_dropout_differs_from_step_to_step_and_knows_nothing_of_t():
     places, count = torch.arange(5000), 5000
     labels = torch.zeros(count, dtype=torch.int64)
     dropped = torch.stack([drop_labels(labels, 1, 0.5, 0, step, places, count) for step in (3, 4)]).double()
-    t = draw_t(DiffusionConfig(), 0, 3, places, count)[0].double()
+    t = draw_t(GaussianDiffusion(BETAS), DiffusionConfig(), 0, 3, places, count)[0].double()
     correlation = torch.corrcoef(torch.stack([*dropped, t]))
     assert (correlation - torch.eye(3)).abs().max() < 5 / math.sqrt(count)
-
-
-def test_history_is_exact_after_json():
-    """As a resumed run reads it: the probabilities are the same bits, not float32's."""
-    history = warmed_history()
-    state = json.loads(json.dumps({name: values.tolist() for name, values in history.state_dict().items()}))
-    other = LossHistory(8, 4)
-    other.load_state_dict({name: torch.tensor(values) for name, values in state.items()})
-    assert history.losses.astype(np.float32).tolist() == other.losses.tolist()
-    assert other.probabilities().dtype == np.float64
-    assert other.losses.dtype == history.losses.dtype
-    assert other.counts.dtype == history.counts.dtype

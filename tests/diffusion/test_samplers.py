@@ -10,8 +10,10 @@ from hypothesis import given, settings as hypothesis_settings, strategies as st
 
 from ddpm_dist import rng
 from ddpm_dist.config import DiffusionConfig, SamplingConfig
-from ddpm_dist.diffusion.denoiser import SPACINGS, dynamic_threshold, respace
+from ddpm_dist.diffusion.continuous import ContinuousDiffusion
+from ddpm_dist.diffusion.denoiser import Guide, dynamic_threshold
 from ddpm_dist.diffusion.gaussian import GaussianDiffusion
+from ddpm_dist.diffusion.grids import SPACINGS, respace
 from ddpm_dist.diffusion.samplers import SAMPLERS, sample, trajectory
 from ddpm_dist.diffusion.schedules import make_betas
 from ddpm_dist.errors import ConfigError, SamplingError
@@ -27,6 +29,8 @@ def draw(network, diffusion, indices=(0, 1, 2), **kwargs):
     names = SamplingConfig.model_fields
     chosen = {key: kwargs.pop(key) for key in list(kwargs) if key in names}
     chosen = {"steps": 10, **chosen}
+    if "guide_network" in kwargs:
+        kwargs["guide"] = kwargs.pop("guide_network")
     return sample(
         network, diffusion, SamplingConfig(**chosen), seed=3, indices=torch.tensor(indices), shape=SHAPE, **kwargs
     )
@@ -198,7 +202,8 @@ def test_guidance_extrapolates_from_the_null_class(sampler, prediction):
     labels = torch.tensor([1, 2, 3])
     images = draw(network, diffusion, sampler=sampler, guidance_scale=1.5, labels=labels, null_label=4)
     expected = 0.2 + 1.5 * (Labelled.VALUES[labels] - 0.2)
-    torch.testing.assert_close(images.mean(dim=(1, 2, 3)), expected, rtol=0, atol=1e-4)
+    # ddim's steps are exact for a single image; euler's, in the table's own time, are of first order.
+    torch.testing.assert_close(images.mean(dim=(1, 2, 3)), expected, rtol=0, atol=5e-4 if sampler == "euler" else 1e-4)
     assert {size for size, _ in network.calls} == {6}
 
 
@@ -421,3 +426,36 @@ def test_paper_is_the_default(curved):
         noise = rng.normal(1, rng.Purpose.REVERSE, indices, SHAPE, step=k)
         x = reverse.mean + (0 if time == 0 else (0.5 * reverse.log_variance).exp() * noise)
     torch.testing.assert_close(last.x, x, rtol=0, atol=1e-5)
+
+
+def test_autoguidance_leads_away_from_the_worse_network(curved):
+    """Karras et al. 2024, equation 3, on x_start; of networks that predict different things; in its interval alone."""
+    diffusion, other = process("eps"), process("v")
+    network, worse = curved(diffusion), curved(other, bend=0.2)
+    settings = {"sampler": "ddim", "guidance_scale": 1.7, "guide": "file:///worse", "clip": "none"}
+
+    def mixed(x, t, labels):
+        a = diffusion.to_x_start(network(x, t), x, t)
+        b = other.to_x_start(worse(x, t), x, t)
+        return diffusion.from_x_start(b + 1.7 * (a - b), x, t, "eps")
+
+    guided = draw(network, diffusion, guide_network=Guide(worse, other, None), **settings)
+    reference = draw(mixed, diffusion, sampler="ddim", clip="none")
+    assert (guided - reference).abs().max() < 1e-4
+    free = draw(network, diffusion, sampler="ddim", clip="none")
+    settings |= {"guidance_interval": (98, 98)}
+    nowhere = draw(network, diffusion, guide_network=Guide(worse, other, None), **settings)
+    assert torch.equal(free, nowhere)
+
+
+def test_a_guide_of_another_process_or_of_other_classes_is_refused(curved):
+    diffusion = process()
+    network = curved(diffusion)
+    settings = {"guidance_scale": 2.0, "guide": "file:///worse"}
+    with pytest.raises(SamplingError, match="its network was not given"):
+        draw(network, diffusion, **settings)
+    for other in (process(timesteps=50), GaussianDiffusion(make_betas("cosine", 100)), ContinuousDiffusion("edm")):
+        with pytest.raises(SamplingError, match="other noise levels"):
+            draw(network, diffusion, guide_network=Guide(network, other, None), **settings)
+    with pytest.raises(SamplingError, match="knows 3 classes, the snapshot's none"):
+        draw(network, diffusion, guide_network=Guide(network, diffusion, 3), **settings)

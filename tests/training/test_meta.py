@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ddpm_dist import snapshot
 from ddpm_dist.config import Config
-from ddpm_dist.diffusion import LossHistory, sample
+from ddpm_dist.diffusion import QUARTILES, LossHistory, bins_of, sample
 from ddpm_dist.diffusion.samplers import SAMPLERS
 from ddpm_dist.engine import StepReport, World
 from ddpm_dist.recipe import parse_config
@@ -66,12 +66,14 @@ def build(*overrides: str) -> tuple[Config, Any, Any]:
         ],
         ["diffusion.variance=learned", "diffusion.loss=vlb", "model.channels_last=true", "model.checkpoint_levels=[0]"],
         ["diffusion.prediction=x_start", "diffusion.weighting=p2", "diffusion.schedule=cosine"],
+        ["diffusion.process=edm", "sampling.steps=5", "diffusion.t_sampling=stratified"],
+        ["diffusion.process=flow", "sampling.steps=5", "diffusion.times=log_normal", "diffusion.weighting=min_snr"],
     ],
 )
 def test_a_step_reads_nothing_from_its_device(overrides: list[str]) -> None:
     cfg, network, diffusion = build(*overrides)
     engine: Any = Bare(network)
-    history = LossHistory(cfg.diffusion.timesteps) if cfg.diffusion.t_sampling == "loss_second_moment" else None
+    history = LossHistory.of(diffusion) if cfg.diffusion.t_sampling == "loss_second_moment" else None
     plan = BatchPlan.of(8, 1, cfg.train.max_micro_batch)
     images = torch.zeros(8, 3, 8, 8, dtype=torch.uint8)
     labels = torch.zeros(8, dtype=torch.int64) if cfg.model.num_classes else None
@@ -81,7 +83,7 @@ def test_a_step_reads_nothing_from_its_device(overrides: list[str]) -> None:
     assert result.t.device.type == "cpu", "the log and the learned drawing read the times without a wait"
     assert all(p.grad is not None and p.grad.device == META for p in network.parameters())
     control = Control(WORLD)
-    control.tell(result.loss, result.t, cfg.diffusion.timesteps, 0, False, False)
+    control.tell(result.loss, bins_of(diffusion, cfg.diffusion, result.t, QUARTILES), 0, False, False)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -39,7 +39,7 @@ from torch import Tensor  # noqa: E402
 
 from ddpm_dist import cli, snapshot, storage  # noqa: E402
 from ddpm_dist.data.stream import iterate  # noqa: E402
-from ddpm_dist.diffusion.denoiser import SPACINGS  # noqa: E402
+from ddpm_dist.diffusion.grids import SPACINGS  # noqa: E402
 from ddpm_dist.diffusion.samplers import SAMPLERS, sample  # noqa: E402
 from ddpm_dist.errors import ConfigError  # noqa: E402
 from ddpm_dist.recipe import load_config  # noqa: E402
