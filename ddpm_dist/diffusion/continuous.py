@@ -102,7 +102,7 @@ class ContinuousDiffusion(Process):
     # For training
 
     def pair(self, of: str, t: Tensor, like: Tensor, prediction: str = "eps") -> tuple[Tensor, Tensor]:
-        """Computed in float64, then rounded."""
+        """Computed in float64, then rounded: [B,1,…] each."""
         first, second = path.PAIRS[of](self.path.level(t.double()), prediction, self.sigma_data)
         return _column(first, like), _column(second, like)
 

@@ -152,7 +152,7 @@ class GaussianDiffusion(Process):
         return of_x_t[times], of_prediction[times]
 
     def pair(self, of: str, t: Tensor, like: Tensor, prediction: str = "eps") -> tuple[Tensor, Tensor]:
-        """From tables that are made where they are first asked for."""
+        """From tables that are made where they are first asked for: [B,1,…] each."""
         names = [f"_{of}_{part}_{prediction}" for part in ("first", "second")]
         if not hasattr(self, names[0]):
             everywhere = self.level(np.arange(self.timesteps))
@@ -168,7 +168,7 @@ class GaussianDiffusion(Process):
     def from_x_start(
         self, x_start: Tensor, x_t: Tensor, t: Tensor, prediction: str, eps: Tensor | None = None
     ) -> Tensor:
-        """As `Process.from_x_start`, and x_prev: the mean of q(x_{t-1} | x_t, x_0)."""
+        """[B,C,H,W] as of `Process`, and x_prev: the mean of q(x_{t-1} | x_t, x_0)."""
         if prediction == "x_prev":
             return self.q_posterior_mean_variance(x_start, x_t, t)[0]
         return super().from_x_start(x_start, x_t, t, prediction, eps)

@@ -114,7 +114,7 @@ def trajectory(
 
 
 def first_noise(diffusion: Process, t: float, noise: Tensor) -> Tensor:
-    """x_t that a chain starts from at t, of standard normal noise."""
+    """x_t that a chain starts from at t, of standard normal noise [B,C,H,W]."""
     deviation = diffusion.path.prior_std(t)
     return noise if deviation == 1 else deviation * noise
 

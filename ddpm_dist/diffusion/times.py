@@ -15,7 +15,6 @@ from ddpm_dist.rng import Purpose
 QUARTILES = 4
 BINS = 100
 """Of the shares of a continuous process, in its history of losses."""
-
 HALF_STEP = 2.0**-33
 """Half the distance of two uniform numbers: so far shares keep from 0 and 1, whose quantiles are infinite."""
 

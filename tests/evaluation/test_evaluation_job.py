@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import pickle
 import shutil
 from dataclasses import replace
@@ -20,6 +21,7 @@ from ddpm_dist.data.decode import encode_png
 from ddpm_dist.data.stream import iterate
 from ddpm_dist.data.writer import EncodedSample, write_index, write_shard
 from ddpm_dist.diffusion.likelihood import bits_per_dim
+from ddpm_dist.diffusion.ode import log_likelihood
 from ddpm_dist.errors import ConfigError, DdpmDistError, EvaluationError
 from ddpm_dist.evaluation import follow as following, job, ranking, result
 from ddpm_dist.evaluation.distances import frechet_of_features, kid, prdc
@@ -183,6 +185,22 @@ def test_bits_per_dim_is_the_mean_over_the_set(tmp_path: Path, sets: tuple[str, 
         "bits_per_dim_prior": pytest.approx(float(bits.prior.mean()), rel=1e-9),
         "bits_per_dim_decoder": pytest.approx(float(bits.terms[:, 0].mean()), rel=1e-5),
     }
+
+
+def test_bits_per_dim_of_a_continuous_process_is_the_odes(tmp_path: Path, sets: tuple[str, str]) -> None:
+    """Of dequantised pixels, without the bound's parts; a network that hardly does anything leaves the prior's bits."""
+    url = make_snapshot(f"file://{tmp_path}/snapshot", process="flow")
+    held_out = make_set(f"file://{tmp_path}/held-out", pictures(3, 5))
+    order = Order(snapshot=url, data=sets[1], held_out=held_out, metrics=("bits_per_dim",), num_samples=4)
+    sampling = SETTINGS.model_copy(update={"steps": 2})
+    found = evaluate(replace(order, sampling=sampling))["metrics"]
+    network, diffusion = snapshot.load_snapshot(url)
+    x = torch.from_numpy(np.stack([sample.image for sample in iterate(held_out, channels=1)])).float() / 127.5 - 1
+    noise = rng.uniform(0, rng.Purpose.LIKELIHOOD, torch.arange(3), (1, 8, 8), rng.MAX_STEP) - 0.5
+    nats = log_likelihood(network, diffusion, x + noise / 127.5, seed=0, indices=torch.arange(3), tolerance=1e-5)
+    expected = float((-nats / (64 * math.log(2)) + math.log2(127.5)).mean())
+    assert found == {"bits_per_dim": pytest.approx(expected, rel=1e-4)}
+    assert 0 < expected < 20
 
 
 def test_bits_per_dim_of_images_without_labels_takes_the_null_class(tmp_path: Path, sets: tuple[str, str]) -> None:

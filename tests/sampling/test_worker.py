@@ -9,6 +9,7 @@ from ddpm_dist import snapshot, storage
 from ddpm_dist.config import ClusterConfig, SamplingConfig
 from ddpm_dist.data import writer
 from ddpm_dist.data.index import ShardInfo
+from ddpm_dist.diffusion.denoiser import Guide
 from ddpm_dist.diffusion.samplers import sample
 from ddpm_dist.errors import ConfigError, SamplingError, WorkerRefusedError
 from ddpm_dist.sampling.folder import Receipt
@@ -48,6 +49,36 @@ def test_images_are_those_of_the_sampler(worker: SampleWorker, tmp_path: Path) -
     assert labels is None
     assert torch.equal(images, expected)
     assert len({tuple(image.flatten().tolist()) for image in images}) == 6
+
+
+@pytest.mark.parametrize("process", ["edm", "flow"])
+def test_images_of_a_continuous_process(process: str, worker: SampleWorker, tmp_path: Path) -> None:
+    url = make_snapshot(f"file://{tmp_path}/snapshot", process=process)
+    settings = SamplingConfig(sampler="heun", steps=3, spacing="rho", batch_size=4, unit_size=8)
+    images, _ = worker.images(manifest_for(url, worker, seed=7, sampling=settings), Unit(8, 12))
+    network, diffusion = snapshot.load_snapshot(url)
+    expected = sample(network, diffusion, settings, seed=7, indices=torch.arange(8, 12), shape=(1, 8, 8))
+    assert torch.equal(images, ((expected + 1) * 127.5).round().to(torch.uint8))
+
+
+def test_a_guide_is_read_and_leads(worker: SampleWorker, tmp_path: Path) -> None:
+    """Autoguidance by another snapshot; one of another process is refused before any image is made."""
+    url, worse = make_snapshot(f"file://{tmp_path}/snapshot"), make_snapshot(f"file://{tmp_path}/worse", seed=1)
+    settings = SETTINGS.model_copy(update={"guide": worse, "guidance_scale": 2.0})
+    images, _ = worker.images(manifest_for(url, worker, sampling=settings), Unit(0, 4))
+    (network, diffusion), (other, theirs) = snapshot.load_snapshot(url), snapshot.load_snapshot(worse)
+    expected = sample(
+        network, diffusion, settings, seed=0, indices=torch.arange(4), shape=(1, 8, 8), guide=Guide(other, theirs, None)
+    )
+    assert torch.equal(images, ((expected + 1) * 127.5).round().to(torch.uint8))
+    plain, _ = worker.images(manifest_for(url, worker), Unit(0, 4))
+    assert not torch.equal(images, plain)
+    assert worker.loads == 2
+
+    edm = make_snapshot(f"file://{tmp_path}/edm", process="edm")
+    wrong = settings.model_copy(update={"guide": edm})
+    with pytest.raises(SamplingError, match="its process has other noise levels"):
+        worker(ProbeTask(url, wrong.model_dump_json(), 8))
 
 
 def test_a_unit_twice_writes_the_same_bytes(worker: SampleWorker, tmp_path: Path) -> None:

@@ -18,7 +18,9 @@ from ddpm_dist.sampling.worker import SampleWorker
 SETTINGS = SamplingConfig(sampler="ddim", steps=4, unit_size=8, batch_size=4)
 
 
-def make_snapshot(url: str, num_classes: int | None = None, seed: int = 0, kind: str = "ema") -> str:
+def make_snapshot(
+    url: str, num_classes: int | None = None, seed: int = 0, kind: str = "ema", process: str = "ddpm"
+) -> str:
     """Publishes a random network for 8×8 grey images whose output depends on x, t and the class."""
     cfg = parse_config(
         f"""
@@ -26,7 +28,7 @@ def make_snapshot(url: str, num_classes: int | None = None, seed: int = 0, kind:
         data: {{url: {url}-data, image_size: 8, channels: 1}}
         model: {{channels: 8, channel_mult: [1, 2], num_res_blocks: 1, attention_resolutions: [4], norm_groups: 4,
                  num_classes: {"null" if num_classes is None else num_classes}}}
-        diffusion: {{timesteps: 20}}
+        diffusion: {{process: {process}{", timesteps: 20" if process == "ddpm" else ""}}}
         train: {{steps: 10, global_batch: 4}}
         sampling: {{sampler: ddim, steps: 4, unit_size: 8, batch_size: 4}}
         """

@@ -34,6 +34,14 @@ CURVES = {
         "diffusion.prediction=eps", "diffusion.schedule=cosine", "diffusion.variance=learned_range",
         "diffusion.loss=hybrid", "model.dropout=0", "train.optimizer=adamw", "train.weight_decay=0.01",
     ),
+    "edm": (
+        "diffusion.process=edm", "diffusion.schedule=linear", "diffusion.prediction=edm", "diffusion.times=log_normal",
+        "diffusion.t_sampling=stratified", "model.dropout=0", "sampling.spacing=rho",
+    ),
+    "flow": (
+        "diffusion.process=flow", "diffusion.schedule=linear", "diffusion.prediction=velocity",
+        "diffusion.times=log_normal", "model.dropout=0",
+    ),
 }  # fmt: skip
 
 
