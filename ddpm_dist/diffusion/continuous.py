@@ -18,8 +18,6 @@ OWN = {"edm": "edm", "flow": "velocity"}
 """What each process's paper has its network predict."""
 PREDICTIONS = ("edm", "velocity", "v", "eps", "x_start")
 VARIANCES = ("fixedsmall", "fixedlarge")
-FLOW_STEPS = 1000.0
-"""What a flow's network is told of t in [0, 1] is t times this, as diffusers has it, so that the sinusoids see it."""
 
 
 class ContinuousDiffusion(Process):
@@ -85,10 +83,9 @@ class ContinuousDiffusion(Process):
         return path.x_start_weights(self.level(times), prediction or self.prediction, self.sigma_data)
 
     def inputs(self, times: Times) -> tuple[Float64s | None, Float64s]:
-        """EDM's c_in and c_noise (table 1); a flow's x_t has about the data's size as it is."""
-        if self.name == "flow":
-            return None, times * FLOW_STEPS
-        return (times**2 + self.sigma_data**2) ** -0.5, np.log(times) / 4
+        """As the path asks its network."""
+        factor, told = self.path.asked(torch.from_numpy(times), self.sigma_data)
+        return None if factor is None else factor.numpy(), told.numpy()
 
     def reverse_rows(self, times: Times) -> ReverseRows:
         """q(x_next | x_t, x_0), with its own variance (fixedsmall) or that of q(x_t | x_next) (fixedlarge)."""
@@ -113,10 +110,8 @@ class ContinuousDiffusion(Process):
 
     def call(self, network: Callable[..., Tensor], x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """What the network gives for c_in x_t and c_noise, float32 [B]."""
-        exact = t.double()
-        if self.name == "flow":
-            return network(x_t, (exact * FLOW_STEPS).float(), labels)
-        return network(_column((exact**2 + self.sigma_data**2) ** -0.5, x_t) * x_t, (exact.log() / 4).float(), labels)
+        factor, told = self.path.asked(t.double(), self.sigma_data)
+        return network(x_t if factor is None else _column(factor, x_t) * x_t, told.float(), labels)
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:

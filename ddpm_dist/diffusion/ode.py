@@ -80,32 +80,26 @@ def log_likelihood(
     seed: int,
     indices: Tensor,
     labels: Tensor | None = None,
-    probes: int | None = 1,
+    probes: int = 1,
     tolerance: float = 1e-5,
 ) -> Tensor:
     """log p(x) in nats by the instantaneous change of variables (Song et al. 2021, section 4.3): [B] float64.
 
     x_start: [B,C,H,W]; the path begins at its first time, with alpha x_start. probes: Rademacher vectors of (seed,
-    indices) for the divergence's unbiased estimate (Hutchinson); None: the exact trace, by as many derivatives as
-    pixels. The images of a call share the solver's steps. The network must let itself be differentiated.
+    indices) for the divergence's unbiased estimate (Hutchinson), exact where pixels are independent. The images of a
+    call share the solver's steps. The network must let itself be differentiated.
     """
     assert not diffusion.discrete, "a table's bound is bits_per_dim's"
     field, shape, size = velocity(network, diffusion, labels), x_start.shape[1:], x_start[0].numel()
-    device = x_start.device
-    if probes is None:
-        every = torch.eye(size, dtype=torch.float64, device=device).reshape(size, 1, *shape)
-        vectors = every.expand(size, len(x_start), *shape)
-    else:
-        drawn = [rng.uniform(seed, Purpose.LIKELIHOOD, indices, shape, k, device) for k in range(probes)]
-        vectors = torch.where(torch.stack(drawn) < 0.5, 1.0, -1.0).double()
+    drawn = [rng.uniform(seed, Purpose.LIKELIHOOD, indices, shape, k, x_start.device) for k in range(probes)]
+    vectors = torch.where(torch.stack(drawn) < 0.5, 1.0, -1.0).double()
 
     def with_divergence(t: float, y: Tensor) -> Tensor:
         with torch.enable_grad():
             x = y[:, :size].reshape(x_start.shape).requires_grad_()
             v = field(t, x)
             pulled = [torch.autograd.grad(v, x, e, retain_graph=True)[0] * e for e in vectors]
-        divergence = torch.stack(pulled).flatten(2).sum(dim=2)
-        divergence = divergence.sum(dim=0) if probes is None else divergence.mean(dim=0)
+        divergence = torch.stack(pulled).flatten(2).sum(dim=2).mean(dim=0)
         return torch.cat([v.detach().flatten(1), divergence[:, None]], dim=1)
 
     path = diffusion.path

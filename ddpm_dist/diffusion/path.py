@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
+from torch import Tensor
 
 from ddpm_dist.diffusion.schedules import Float64s
 
@@ -38,6 +39,10 @@ class Path(ABC):
     @abstractmethod
     def time_of(self, ratio: Any) -> Any:
         """The time at which sigma / alpha is `ratio`, in [0, inf]: the inverse of the signal-to-noise ratio."""
+
+    def asked(self, t: Tensor, sigma_data: float) -> tuple[Tensor | None, Tensor]:
+        """(what x_t is multiplied by for the network or None for 1, what it is told of t), float64 [B] each."""
+        return None, t
 
     def prior_std(self, t: float) -> float:
         """Deviation of the noise that a chain starts from at t."""
@@ -97,6 +102,10 @@ class Exploding(Path):
         """The ratio itself."""
         return ratio
 
+    def asked(self, t: Tensor, sigma_data: float) -> tuple[Tensor | None, Tensor]:
+        """Their c_in and c_noise (table 1), [B] each."""
+        return (t**2 + sigma_data**2) ** -0.5, t.log() / 4
+
     def prior_std(self, t: float) -> float:
         """sigma, beside which the data's variance is left out (their algorithm 1)."""
         return t
@@ -118,6 +127,10 @@ class Straight(Path):
     def level(self, t: Any) -> Level:
         """alpha 1 - t and sigma t, with derivatives -1 and 1."""
         return Level(1 - t, t, t * 0 - 1, t * 0 + 1)
+
+    def asked(self, t: Tensor, sigma_data: float) -> tuple[Tensor | None, Tensor]:
+        """t in thousandths [B], as diffusers has it, so that the sinusoids see it."""
+        return None, 1000 * t
 
     def time_of(self, ratio: Any) -> Any:
         """ratio / (1 + ratio), and 1 for infinity."""

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ddpm_dist.diffusion.denoiser import Denoiser
-from ddpm_dist.diffusion.path import Level, ode_weights
+from ddpm_dist.diffusion.path import ode_weights
 from ddpm_dist.diffusion.process import Process, Times
 from ddpm_dist.diffusion.schedules import Float64s
 
@@ -182,8 +182,8 @@ def heun(chain: Chain, x: Tensor) -> Sampled:
     first without signal: those are Euler's, since sigma/alpha is 0 or infinite at one end. With rho spacing and 18
     steps the paper's own for CIFAR-10. Churn mends what a network gets wrong over hundreds of steps, not with few.
     """
-    start, alpha_next, sigma_next = _starts(chain), chain.signal[1:], chain.sigma[1:]
-    alpha, sigma = start.alpha, start.sigma
+    start = chain.diffusion.level(chain.times if chain.starts is None else chain.starts)
+    alpha, sigma, alpha_next, sigma_next = start.alpha, start.sigma, chain.signal[1:], chain.sigma[1:]
     euler = chain.rows(sigma_next / sigma, alpha_next - sigma_next / sigma * alpha)
     with np.errstate(divide="ignore", invalid="ignore"):
         s, s_next = sigma / alpha, sigma_next / alpha_next
@@ -206,10 +206,6 @@ def heun(chain: Chain, x: Tensor) -> Sampled:
             x_next = of_x * x + of_x_start * x_start + of_next * x_next + of_x_start_next * x_start_next
         x = x_next
         yield x, x_start
-
-
-def _starts(chain: Chain) -> Level:
-    return chain.diffusion.level(chain.times if chain.starts is None else chain.starts)
 
 
 def churned(diffusion: Process, times: Times, churn: Churn) -> Times | None:
