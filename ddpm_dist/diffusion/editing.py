@@ -156,8 +156,8 @@ def inpaint(
             signal, sigma = paste[k]
             x = torch.where(mask.bool(), signal * known + sigma * noise(draw), x)
         else:  # forward again: the product of the single steps q(x_t | x_{t-1}) in one
-            signal, sigma = diffusion.forward_scales(levels[k], levels[k_next])
-            x = signal * x + sigma * noise(draw)
+            ratio, deviation = diffusion.forward_scales(levels[k], levels[k_next])
+            x = ratio * x + deviation * noise(draw)
     return x.clamp(-1, 1)
 
 

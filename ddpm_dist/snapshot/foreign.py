@@ -96,7 +96,7 @@ def read_folder(url: str, told: Told) -> Foreign:
     return Foreign(unet.eval(), diffusion, kind, f"diffusers' {folder or 'network alone'}")
 
 
-def _process_in(url: str, told: Told, network: UNetConfig, read: Callable[[str], bytes]) -> GaussianDiffusion:
+def _process_in(url: str, told: Told, network: UNetConfig, read: Callable[[str], bytes]) -> Process:
     for name in ("scheduler/scheduler_config.json", "scheduler_config.json"):
         source = f"{storage.redact(url)}/{name}"
         try:

@@ -1,16 +1,15 @@
-"""Quality at equal images seen: our recipe beside diffusers' training example and lucidrains' library.
+"""Quality at equal images seen: our recipes beside diffusers, lucidrains' library, NVlabs' EDM and flow_matching.
 
     python -m tools.bench.quality digits
-    python -m tools.bench.quality digits --arms ours,diffusers,lucidrains --images 100000 --seeds 0,1,2
-    python -m tools.bench.quality digits --arms ours --seeds 0,1,2 --vary "eps: diffusion.prediction=eps"
+    python -m tools.bench.quality digits --arms ours,diffusers,lucidrains,edm,flow --edm DIR --flow DIR --seeds 0,1,2
+    python -m tools.bench.quality digits --arms ours --seeds 0,1,2 --vary "edm: @digits-edm" --vary "flow: @digits-flow"
 
-
-Every arm trains on the same images for as many images, in float32 on one thread, and 1,797 images (or as many as
-the set has, up to 5,000) are drawn from its EMA weights by 50 steps of deterministic DDIM. Printed: Fréchet
-distances to the whole set in pixels and in EfficientNet-Lite0 features, each beside the floor between two halves of
-the set. `ours` is the real system (launch/train_deepspeed.py with the recipe). The peers take the same number of
-parameters, learning rate 1e-3 and EMA 0.995. lucidrains' library needs torchvision, so it lives in a virtual
-environment of its own: --lucidrains PYTHON. Last line: one JSON object.
+Every arm sees as many images, in float32 on one thread, with about as many parameters and learning rate 1e-3; 1,797
+samples (or as many as the set has, up to 5,000) are drawn from its EMA weights by its own sampler: ours by the
+recipe's, diffusers and lucidrains by 50 steps of DDIM, edm by 35 evaluations of Heun's method, flow by 50. A peer runs
+with batches of 32 and EMA 0.999, and with 128 and 0.995: its better one counts. Printed: what `quality_judge.py` says.
+`ours` is launch/train_deepspeed.py with the recipe; edm and flow are the code of checkouts that the user names, run by
+--python where it needs packages that aren't here, as lucidrains' library does. Last line: one JSON object.
 """
 
 import argparse
@@ -36,15 +35,17 @@ sys.path.insert(0, str(ROOT))
 from ddpm_dist import cli, snapshot  # noqa: E402
 from ddpm_dist.config import Config, DiffusionConfig, SamplingConfig  # noqa: E402
 from ddpm_dist.data.stream import iterate  # noqa: E402
+from ddpm_dist.diffusion import Process  # noqa: E402
 from ddpm_dist.diffusion.gaussian import GaussianDiffusion  # noqa: E402
 from ddpm_dist.diffusion.samplers import sample  # noqa: E402
-from ddpm_dist.evaluation.distances import frechet_of_features  # noqa: E402
-from ddpm_dist.evaluation.features import Pixel, lite0  # noqa: E402
 from ddpm_dist.recipe import load_config  # noqa: E402
+from tools.bench.quality_judge import Judge  # noqa: E402
 
 RECIPES = {"digits": "digits", "fashion-mnist": "fashion-mnist", "emoji": "emoji32"}
 SAMPLER = SamplingConfig(sampler="ddim", steps=50)
-LR, EMA_DECAY, BATCH = 1e-3, 0.995, 128
+LR = 1e-3
+PEERS = {"32": ["batch=32", "ema=0.999"], "128": ["batch=128", "ema=0.995"]}
+"""The two settings of which every peer gets its better one."""
 CHUNK = 256
 
 
@@ -98,8 +99,13 @@ def _measure(args: argparse.Namespace, work: Path) -> None:
 
 
 def _arms(args: argparse.Namespace) -> dict[str, tuple[str, list[str]]]:
-    """name -> (function, settings): those of --arms, then each --vary."""
-    arms: dict[str, tuple[str, list[str]]] = {name: (name, []) for name in args.arms.split(",") if name}
+    """name -> (function, settings): those of --arms, a peer's with each of its settings, then each --vary."""
+    arms: dict[str, tuple[str, list[str]]] = {}
+    for name in filter(None, args.arms.split(",")):
+        if name == "ours":
+            arms[name] = (name, [])
+        else:
+            arms |= {f"{name}/{batch}": (name, PEERS[batch]) for batch in args.peers}
     for text in args.vary:
         head, _, settings = text.partition(":")
         name, _, arm = head.strip().partition("@")
@@ -114,33 +120,12 @@ def _kept(path: Path | None) -> dict[str, dict[str, float]]:
     return {row["key"]: row["found"] for row in map(json.loads, path.read_text().splitlines())}
 
 
-class Judge:
-    """Fréchet distances of uint8 images [N, C, H, W] to the whole real set."""
-
-    def __init__(self, real: Tensor) -> None:
-        _, channels, height, width = real.shape
-        self._networks: dict[str, Callable[[Tensor], Tensor]] = {
-            "frechet_lite0": lite0,
-            "frechet_pixel": lambda images: Pixel((channels, height, width))(images).features,
-        }
-        self._real = {name: network(real) for name, network in self._networks.items()}
-
-    def __call__(self, images: Tensor) -> dict[str, float]:
-        return {n: frechet_of_features(network(images), self._real[n]) for n, network in self._networks.items()}
-
-    def floor(self) -> dict[str, float]:
-        """Between two random halves of the real images, so at half the count."""
-        order = torch.randperm(len(self._real["frechet_pixel"]), generator=torch.Generator().manual_seed(0))
-        a, b = order.chunk(2)
-        return {name: round(frechet_of_features(f[a], f[b]), 4) for name, f in self._real.items()}
-
-
 def ours(bench: Bench, settings: list[str], seed: int) -> Tensor:
     """The real system, one process: `launch/train_deepspeed.py` with the recipe."""
     args = bench.args
     run_url = tempfile.mkdtemp(prefix="run-", dir=bench.work)
     recipe, cfg = _config(args, settings, f"file://{run_url}", bench.data_url)
-    settings = [*args.override, *settings]
+    settings = [*args.override, *(s for s in settings if s[0] != "@")]
     steps = args.images // cfg.train.global_batch
     overrides = [
         f"run.url={cfg.run.url}", f"run.seed={seed}", f"data.url={bench.data_url}", "cluster.workers=1",
@@ -152,14 +137,15 @@ def ours(bench: Bench, settings: list[str], seed: int) -> Tensor:
     command = [sys.executable, str(ROOT / "launch/train_deepspeed.py"), "--config", str(recipe), *overrides]
     _run(command)
     unet, diffusion = snapshot.load_snapshot(f"{cfg.run.url}/snapshots/{steps:09d}")
-    return _draw(unet, diffusion, bench, seed)
+    return _draw(unet, diffusion, bench, seed, cfg.sampling)
 
 
 def _config(args: argparse.Namespace, settings: list[str], run_url: str, data_url: str) -> tuple[Path, Config]:
-    """The recipe's file, and what it says with all overrides."""
-    recipe = ROOT / "configs" / f"{args.recipe or RECIPES[args.data]}.yaml"
+    """The recipe's file, or that of a setting @NAME, and what it says with all overrides."""
+    named = [setting[1:] for setting in settings if setting[0] == "@"]
+    recipe = ROOT / "configs" / f"{[args.recipe or RECIPES[args.data], *named][-1]}.yaml"
     urls = [f"run.url={run_url}", f"data.url={data_url}"]
-    return recipe, load_config(recipe, [*urls, *args.override, *settings])
+    return recipe, load_config(recipe, [*urls, *args.override, *(s for s in settings if s[0] != "@")])
 
 
 def diffusers(bench: Bench, settings: list[str], seed: int) -> Tensor:
@@ -169,6 +155,8 @@ def diffusers(bench: Bench, settings: list[str], seed: int) -> Tensor:
     from diffusers.training_utils import EMAModel
 
     torch.manual_seed(seed)
+    chosen = dict(setting.split("=", 1) for setting in settings)
+    batch, decay = int(chosen["batch"]), float(chosen["ema"])
     channels, size, _ = bench.shape
     levels = (32, 64) if size == 8 else (32, 64, 64)
     model = UNet2DModel(
@@ -179,10 +167,10 @@ def diffusers(bench: Bench, settings: list[str], seed: int) -> Tensor:
     print(f"    diffusers: {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
-    steps = bench.args.images // BATCH
+    steps = bench.args.images // batch
     rates = get_scheduler("cosine", optimizer, num_warmup_steps=min(500, steps // 10), num_training_steps=steps)
-    ema = EMAModel(model.parameters(), decay=EMA_DECAY, use_ema_warmup=False)
-    for x_0 in _batches(bench.real, steps, seed):
+    ema = EMAModel(model.parameters(), decay=decay, use_ema_warmup=False)
+    for x_0 in _batches(bench.real, batch, steps, seed):
         noise = torch.randn_like(x_0)
         t = torch.randint(0, 1000, (len(x_0),))
         loss = torch.nn.functional.mse_loss(model(scheduler.add_noise(x_0, noise, t), t).sample, noise)
@@ -195,43 +183,57 @@ def diffusers(bench: Bench, settings: list[str], seed: int) -> Tensor:
     ema.copy_to(model.parameters())
     model.eval()
     process = GaussianDiffusion.from_config(DiffusionConfig())
-    return _draw(lambda x, t, labels: model(x, t).sample, process, bench, seed)
+    return _draw(lambda x, t, labels: model(x, t).sample, process, bench, seed, SAMPLER)
 
 
 def lucidrains(bench: Bench, settings: list[str], seed: int) -> Tensor:
     """denoising-diffusion-pytorch, in its own environment: v-prediction, sigmoid schedule, as its README shows."""
-    images, samples = bench.work / "real.npy", bench.work / f"lucidrains-{seed}.npy"
+    return _elsewhere("lucidrains", bench.args.lucidrains, [], bench, settings, seed)
+
+
+def edm(bench: Bench, settings: list[str], seed: int) -> Tensor:
+    """NVlabs' EDM: its network, loss and sampler, from the checkout of --edm."""
+    return _elsewhere("edm", bench.args.python, [str(bench.args.edm)], bench, settings, seed)
+
+
+def flow(bench: Bench, settings: list[str], seed: int) -> Tensor:
+    """facebookresearch/flow_matching: its image example, from the checkout of --flow."""
+    return _elsewhere("flow", bench.args.python, [str(bench.args.flow)], bench, settings, seed)
+
+
+def _elsewhere(name: str, python: str, checkout: list[str], bench: Bench, settings: list[str], seed: int) -> Tensor:
+    """The samples of tools/bench/quality_NAME.py, run by a Python that has what it needs."""
+    images, samples = bench.work / "real.npy", bench.work / f"{name}-{seed}.npy"
     np.save(images, bench.real.numpy())
-    script = ROOT / "tools" / "bench" / "quality_lucidrains.py"
-    options = {"images": bench.args.images, "seed": seed, "lr": LR, "ema": EMA_DECAY, "batch": BATCH}
+    options: dict[str, Any] = {"images": bench.args.images, "seed": seed, "lr": LR}
     options |= dict(setting.split("=", 1) for setting in settings)
-    command = [str(script), str(images), str(samples), str(bench.samples), json.dumps(options)]
-    _run([bench.args.lucidrains, *command])
+    script = str(ROOT / "tools" / "bench" / f"quality_{name}.py")
+    _run([python, script, *checkout, str(images), str(samples), str(bench.samples), json.dumps(options)])
     return torch.from_numpy(np.load(samples))
 
 
-ARMS = {"ours": ours, "diffusers": diffusers, "lucidrains": lucidrains}
+ARMS = {"ours": ours, "diffusers": diffusers, "lucidrains": lucidrains, "edm": edm, "flow": flow}
 
 
 @torch.no_grad()
-def _draw(network: Callable[..., Tensor], process: GaussianDiffusion, bench: Bench, seed: int) -> Tensor:
-    """[samples, C, H, W] uint8 by the common sampler."""
+def _draw(network: Callable[..., Tensor], process: Process, bench: Bench, seed: int, sampler: SamplingConfig) -> Tensor:
+    """[samples, C, H, W] uint8."""
     parts = [
-        sample(network, process, SAMPLER, seed=seed, indices=indices, shape=bench.shape)
+        sample(network, process, sampler, seed=seed, indices=indices, shape=bench.shape)
         for indices in torch.arange(bench.samples).split(CHUNK)
     ]
     return ((torch.cat(parts) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def _batches(real: Tensor, steps: int, seed: int) -> Iterator[Tensor]:
+def _batches(real: Tensor, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
     """Shuffled epochs of images in [-1, 1]."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.long)
     for _ in range(steps):
-        if len(order) < BATCH:
+        if len(order) < batch:
             order = torch.cat((order, torch.randperm(len(real), generator=generator)))
-        yield real[order[:BATCH]].float() / 127.5 - 1
-        order = order[BATCH:]
+        yield real[order[:batch]].float() / 127.5 - 1
+        order = order[batch:]
 
 
 def _make_data(name: str, work: Path) -> str:
@@ -249,10 +251,14 @@ def _run(command: list[str]) -> None:
 
 
 def _report(args: argparse.Namespace, floor: dict[str, float], results: dict[str, list[dict[str, float]]]) -> str:
+    """Medians over the seeds, and the name of each peer's better setting."""
     summary: dict[str, Any] = {"data": args.data, "images": args.images, "seeds": args.seeds, "floor": floor}
     for arm, runs in results.items():
         summary[arm] = {key: round(median(run[key] for run in runs), 4) for key in runs[0]}
-    return json.dumps(summary)
+    peers = {arm.partition("/")[0] for arm in results if "/" in arm}
+    settings = {peer: [arm for arm in results if arm.startswith(f"{peer}/")] for peer in sorted(peers)}
+    best = {peer: min(arms, key=lambda arm: summary[arm]["frechet_lite0"]) for peer, arms in settings.items()}
+    return json.dumps({**summary, "better": best})
 
 
 def _seeds(text: str) -> list[int]:
@@ -268,15 +274,22 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--recipe", help="another file of configs/ for ours, such as digits-eps")
     parser.add_argument("--samples", type=cli.positive, default=5000, help="drawn of each arm, at most")
     parser.add_argument("--lucidrains", default="python", metavar="PYTHON", help="of an environment that has it")
+    parser.add_argument("--edm", type=Path, metavar="DIR", help="checkout of NVlabs/edm, for the arm edm")
+    parser.add_argument("--flow", type=Path, metavar="DIR", help="checkout of facebookresearch/flow_matching")
+    parser.add_argument("--python", default=sys.executable, help="of an environment that has what edm and flow need")
+    parser.add_argument("--peers", type=lambda text: text.split(","), default=list(PEERS), help="batches of the peers")
     parser.add_argument("override", nargs="*", metavar="section.key=value", help="for ours")
     parser.add_argument("--vary", action="append", default=[], metavar="NAME[@ARM]: key=value …", help="one more arm")
     parser.add_argument("--results", type=Path, metavar="FILE", help="keep each result there and go on from it")
     args = parser.parse_args(argv)
+    if strange := set(args.peers) - set(PEERS):
+        parser.error(f"--peers: {sorted(strange)[0]!r}; there are {', '.join(PEERS)}")
     unknown = {arm for arm, _ in _arms(args).values()} - set(ARMS)
     if unknown:
         parser.error(f"no arm is called {sorted(unknown)[0]!r}; there are {', '.join(ARMS)}")
-    if any(arm == "diffusers" and settings for arm, settings in _arms(args).values()):
-        parser.error("--vary: diffusers' example is taken as it is; vary ours or lucidrains")
+    for name, arm in {(arm, getattr(args, arm, "")) for arm, _ in _arms(args).values() if arm in ("edm", "flow")}:
+        if arm is None or not arm.is_dir():
+            parser.error(f"--{name}: give the folder of a checkout; {arm or 'none'} is no folder")
     torch.set_num_threads(1)
     return args
 
