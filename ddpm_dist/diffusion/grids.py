@@ -12,8 +12,7 @@ from ddpm_dist.errors import ConfigError
 LOWEST_LAMBDA = -5.1
 """Where log_snr's even spacing ends, as DPM-Solver's code does; below it, networks hardly see an image."""
 
-RHO = 7.0
-"""EDM's exponent."""
+RHO = 7.0  # EDM's exponent
 
 
 def respace(diffusion: Process, steps: int | None, spacing: str) -> Times:

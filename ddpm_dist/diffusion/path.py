@@ -134,8 +134,7 @@ class Straight(Path):
 
     def time_of(self, ratio: Any) -> Any:
         """ratio / (1 + ratio), and 1 for infinity."""
-        with np.errstate(invalid="ignore"):
-            return 1 - 1 / (1 + ratio)
+        return 1 - 1 / (1 + ratio)
 
 
 # What a network may predict: a x_0 + b eps, with (a, b) a function of the level and of the data's deviation

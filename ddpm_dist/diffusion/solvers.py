@@ -113,7 +113,9 @@ def ddim(chain: Chain, x: Tensor) -> Sampled:
     eps is that of the clipped x_start, so that x stays on the sphere its time expects.
     """
     alpha, sigma, alpha_next, sigma_next = chain.signal[:-1], chain.sigma[:-1], chain.signal[1:], chain.sigma[1:]
-    deviation = chain.eta * (sigma_next / sigma) * np.sqrt(1 - (alpha / alpha_next) ** 2)
+    ratio = alpha / alpha_next  # q(x_t | x_next) adds 1 - ratio² of variance, if alpha² + sigma² is 1
+    added = 1 - ratio**2 if chain.diffusion.discrete else sigma**2 - (ratio * sigma_next) ** 2
+    deviation = chain.eta * (sigma_next / sigma) * np.sqrt(added)
     of_eps = np.sqrt(np.maximum(sigma_next**2 - deviation**2, 0))
     rows = chain.rows(of_eps / sigma, alpha_next - of_eps / sigma * alpha, deviation)
     for k, (of_x, of_x_start, noise_scale) in enumerate(rows):

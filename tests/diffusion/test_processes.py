@@ -179,6 +179,23 @@ def test_every_sampler_finds_the_data_on_a_continuous_path(name, sampler, predic
     assert last.x.std().item() == pytest.approx(deviation, rel=0.05)
 
 
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_ddim_with_eta_1_is_the_ancestral_chain(name):
+    """Song et al. 2020, section 4.1, on any path: of the posterior's variance, fixedsmall."""
+    d = PROCESSES[name]()
+    common = {"steps": 12, "spacing": "rho", "clip": "none"}
+    chains = [
+        list(
+            trajectory(Exact(d), d, SamplingConfig(**common, **which), seed=5, indices=torch.arange(9), shape=(1, 2, 2))
+        )
+        for which in ({"sampler": "ddpm"}, {"sampler": "ddim", "eta": 1.0}, {"sampler": "ddim"})
+    ]
+    ancestral, stochastic, still = (torch.stack([step.x for step in chain]) for chain in chains)
+    scale = ancestral.abs().amax(dim=(1, 2, 3, 4), keepdim=True)
+    assert ((ancestral - stochastic) / scale).abs().max() < 1e-5
+    assert ((ancestral - still) / scale).abs().max() > 0.01
+
+
 @pytest.mark.parametrize(
     ("name", "sampler", "order"),
     [("edm", "euler", 1), ("edm", "heun", 2), ("edm", "dpmpp_2m", 2), ("edm", "unipc", 4),
