@@ -17,6 +17,7 @@ from ddpm_dist.evaluation import metrics
 from ddpm_dist.evaluation.features import FeatureNetwork
 from ddpm_dist.evaluation.order import BITS_PER_DIM, Order
 from ddpm_dist.sampling import Labels, Manifest
+from ddpm_dist.snapshot import snapshot_id
 
 _LAYOUT = {"batch_size", "unit_size", "format"}
 """Settings of sampling that decide how images are computed and stored, not which."""
@@ -91,12 +92,13 @@ def ask(
 
 def drawn_by(manifest: Manifest | None) -> dict[str, Any] | None:
     """How a sampling job drew its samples."""
-    return None if manifest is None else _drawn(manifest.sampling, manifest.seed, manifest.labels)
+    return None if manifest is None else _drawn(manifest.sampling, manifest.seed, manifest.labels, manifest.guide_id)
 
 
 def drawn_for(order: Order, num_classes: int | None, has_null: bool) -> dict[str, Any]:
     """How an order's samples will be drawn, from a network of so many classes."""
-    return _drawn(order.sampling, order.seed, Labels.parse(order.labels, num_classes, has_null).spec)
+    labels, guide = Labels.parse(order.labels, num_classes, has_null).spec, order.sampling.guide
+    return _drawn(order.sampling, order.seed, labels, guide and snapshot_id(guide))
 
 
 def answered(result: Mapping[str, Any], question: Question) -> bool:
@@ -105,8 +107,10 @@ def answered(result: Mapping[str, Any], question: Question) -> bool:
     return isinstance(said, Mapping) and said.get("id") == question.id
 
 
-def _drawn(sampling: Any, seed: int, labels: str) -> dict[str, Any]:
+def _drawn(sampling: Any, seed: int, labels: str, guide: str | None) -> dict[str, Any]:
+    """guide: what sampling.guide is, by content."""
     settings = sampling.model_dump(mode="json", exclude=_LAYOUT, exclude_defaults=True)
+    settings |= {"guide": guide} if guide else {}
     return {"sampling": {"sampler": sampling.sampler, **settings}, "seed": seed, "labels": labels}
 
 
