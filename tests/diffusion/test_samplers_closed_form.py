@@ -55,7 +55,7 @@ def options(sampler):
 
 def steps_of(sampler):
     """The ancestral chain is exact as its steps get small; the others with few."""
-    return {"ddpm": None, "ddim": 200, "dpmpp_2m_sde": 100}.get(sampler, 50)
+    return {"ddpm": None, "ddim": 200, "euler": 200, "dpmpp_2m_sde": 100}.get(sampler, 50)
 
 
 @pytest.mark.parametrize(

@@ -65,8 +65,8 @@ def test_predict_epsilon(changes, prediction, folder):
     [
         ({"predict_epsilon": False}, "predict_epsilon is False, but prediction_type is 'epsilon'"),
         ({"predict_epsilon": "no"}, "predict_epsilon is 'no'"),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "another process .*flow matching"),
-        ({"_class_name": "EDMDPMSolverMultistepScheduler"}, "another process .*EDM"),
+        ({"_class_name": "FlowMatchLCMScheduler"}, "another process .*flow matching"),
+        ({"_class_name": "EDMAncestralScheduler"}, "another process .*EDM"),
         ({"_class_name": "CMStochasticIterativeScheduler"}, "another process .*consistency"),
         ({"_class_name": "LCMScheduler"}, "another process .*consistency"),
         ({"_class_name": "ScoreSdeVeScheduler"}, "another process .*continuous time"),
