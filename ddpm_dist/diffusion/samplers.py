@@ -182,7 +182,7 @@ def _from_time(times: Times, t_start: float | None, diffusion: Process) -> tuple
         return times, 0
     check_time(diffusion, t_start, "t_start")
     later = times[times < t_start]
-    return np.concatenate([[t_start], later]), max(0, len(times) - len(later) - 1)
+    return np.concatenate([np.array([t_start], times.dtype), later]), max(0, len(times) - len(later) - 1)
 
 
 def check_time(diffusion: Process, t: float, name: str = "t") -> None:
