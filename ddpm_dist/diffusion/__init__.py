@@ -14,26 +14,14 @@ if TYPE_CHECKING:
     from ddpm_dist.diffusion.denoiser import Guide as Guide, Network as Network, check_guide as check_guide
     from ddpm_dist.diffusion.gaussian import GaussianDiffusion as GaussianDiffusion
     from ddpm_dist.diffusion.likelihood import bits_per_dim as bits_per_dim
-<<<<<<< HEAD
-    from ddpm_dist.diffusion.losses import (
-        QUARTILES as QUARTILES,
-        LossHistory as LossHistory,
-        draw_t as draw_t,
-        drop_labels as drop_labels,
-        quartile_means as quartile_means,
-        training_losses as training_losses,
-    )
+    from ddpm_dist.diffusion.losses import drop_labels as drop_labels, training_losses as training_losses
+    from ddpm_dist.diffusion.ode import log_likelihood as log_likelihood
+    from ddpm_dist.diffusion.process import Process as Process
     from ddpm_dist.diffusion.samplers import (
         check_settings as check_settings,
         sample as sample,
         trajectory as trajectory,
     )
-=======
-    from ddpm_dist.diffusion.losses import drop_labels as drop_labels, training_losses as training_losses
-    from ddpm_dist.diffusion.ode import log_likelihood as log_likelihood
-    from ddpm_dist.diffusion.process import Process as Process
-    from ddpm_dist.diffusion.samplers import check_settings as check_settings, sample as sample
->>>>>>> c36c06d (Processes on (alpha, sigma) of a continuous time: EDM's and flow matching's beside the paper's table)
     from ddpm_dist.diffusion.schedules import (
         SCHEDULES as SCHEDULES,
         make_betas as make_betas,
@@ -54,14 +42,9 @@ __all__, _asked = lazily(
     gaussian="GaussianDiffusion",
     continuous="ContinuousDiffusion make_process",
     schedules="SCHEDULES make_betas rescale_zero_terminal_snr",
-<<<<<<< HEAD
-    losses="QUARTILES LossHistory draw_t drop_labels quartile_means training_losses",
-    samplers="check_settings sample trajectory",
-=======
     losses="drop_labels training_losses",
     times="QUARTILES LossHistory bins_of draw_t quartile_means",
-    samplers="check_settings sample",
->>>>>>> c36c06d (Processes on (alpha, sigma) of a continuous time: EDM's and flow matching's beside the paper's table)
+    samplers="check_settings sample trajectory",
     likelihood="bits_per_dim",
     ode="log_likelihood",
     denoiser="Guide Network check_guide",

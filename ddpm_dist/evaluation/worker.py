@@ -139,35 +139,18 @@ class EvaluationWorker:
         info = snapshot.load_info(task.snapshot)
         count, total, prior, decoder = 0, 0.0, 0.0, 0.0
         for first, images, labels in _blocks(task.images, LIKELIHOOD_BATCH, task.limit):
-<<<<<<< HEAD
-            with self._computing:
-                bits = bits_per_dim(
-                    network,
-                    diffusion,
-                    (images.to(self._device).float() / 127.5) - 1,
-                    seed=task.seed,
-                    indices=torch.arange(first, first + len(images), device=self._device),
-                    labels=self._classes(labels, len(images), task, info),
-                )
-                sums = [float(values.sum()) for values in (bits.total, bits.prior, bits.terms[:, 0])]
-            count += len(images)
-            total, prior, decoder = total + sums[0], prior + sums[1], decoder + sums[2]
-=======
             x_start = (images.to(self._device).float() / 127.5) - 1
             indices = torch.arange(first, first + len(images), device=self._device)
             classes = self._classes(labels, len(images), task, info)
             count += len(images)
-            if not isinstance(diffusion, GaussianDiffusion):
-                with self._computing:
-                    total += float(_ode_bits(network, diffusion, x_start, task.seed, indices, classes).sum())
-                prior = decoder = math.nan
-                continue
             with self._computing:
-                bits = bits_per_dim(network, diffusion, x_start, seed=task.seed, indices=indices, labels=classes)
-            total += float(bits.total.sum())
-            prior += float(bits.prior.sum())
-            decoder += float(bits.terms[:, 0].sum())
->>>>>>> c36c06d (Processes on (alpha, sigma) of a continuous time: EDM's and flow matching's beside the paper's table)
+                if not isinstance(diffusion, GaussianDiffusion):
+                    whole = _ode_bits(network, diffusion, x_start, task.seed, indices, classes)
+                    sums = [float(whole.sum()), math.nan, math.nan]
+                else:
+                    bits = bits_per_dim(network, diffusion, x_start, seed=task.seed, indices=indices, labels=classes)
+                    sums = [float(values.sum()) for values in (bits.total, bits.prior, bits.terms[:, 0])]
+            total, prior, decoder = total + sums[0], prior + sums[1], decoder + sums[2]
         return count, total, prior, decoder
 
     def _classes(self, labels: Tensor | None, count: int, task: LikelihoodTask, info: dict[str, Any]) -> Tensor | None:

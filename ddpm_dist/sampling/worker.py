@@ -14,11 +14,7 @@ from ddpm_dist import device as devices, snapshot, storage
 from ddpm_dist.allocator import keep_freed_memory
 from ddpm_dist.config import ClusterConfig, SamplingConfig
 from ddpm_dist.data import EncodedSample, encode_png, encode_raw, write_shard
-<<<<<<< HEAD
-from ddpm_dist.diffusion import GaussianDiffusion, Network, check_settings, sample, trajectory
-=======
-from ddpm_dist.diffusion import Guide, Network, Process, check_guide, check_settings, sample
->>>>>>> c36c06d (Processes on (alpha, sigma) of a continuous time: EDM's and flow matching's beside the paper's table)
+from ddpm_dist.diffusion import Guide, Network, Process, check_guide, check_settings, sample, trajectory
 from ddpm_dist.errors import SamplingError, WorkerRefusedError
 from ddpm_dist.sampling.capture import captured
 from ddpm_dist.sampling.folder import Receipt
@@ -58,7 +54,7 @@ class _Loaded:
     """A snapshot's network and process."""
 
     unet: nn.Module
-    diffusion: GaussianDiffusion
+    diffusion: Process
     network: Network
     """The same, recorded where that pays, with answers in float32."""
 
@@ -88,11 +84,7 @@ class SampleWorker:
         self.computing = threading.RLock()
         """Held by whoever computes: a process's device does one thing at a time (a recording of a CUDA graph bears
         nobody beside it)."""
-<<<<<<< HEAD
         self._loaded: OrderedDict[tuple[str, str], _Loaded] = OrderedDict()
-=======
-        self._networks: OrderedDict[tuple[str, str, bool], tuple[Network, Process]] = OrderedDict()
->>>>>>> c36c06d (Processes on (alpha, sigma) of a continuous time: EDM's and flow matching's beside the paper's table)
         self.loads = 0
         """Times that a snapshot was read."""
 
@@ -106,13 +98,10 @@ class SampleWorker:
             loaded = self._load(task.snapshot, settings.precision)
             check_settings(settings, loaded.diffusion)
             info = snapshot.load_info(task.snapshot)
-<<<<<<< HEAD
-            batch_size = settings.batch_size or self._largest_batch(loaded, info, settings, task.bound)
-=======
-            if settings.guide is not None:
-                check_guide(self.guide(settings), diffusion, info["num_classes"])
-            batch_size = settings.batch_size or self._largest_batch(network, info, settings, task.bound)
->>>>>>> c36c06d (Processes on (alpha, sigma) of a continuous time: EDM's and flow matching's beside the paper's table)
+            guide = self.guide(settings)
+            if guide is not None:
+                check_guide(guide, loaded.diffusion, info["num_classes"])
+            batch_size = settings.batch_size or self._largest_batch(loaded, info, settings, task.bound, guide)
         return Probe(self.fingerprint(), batch_size)
 
     def unit(self, task: UnitTask) -> Receipt:
@@ -167,11 +156,20 @@ class SampleWorker:
         if not here.alike(wanted):
             raise WorkerRefusedError(f"it would make other images: this job is fixed to {wanted}, it has {here}")
 
-<<<<<<< HEAD
-    def network(self, url: str, precision: str) -> tuple[Network, GaussianDiffusion]:
-        """Network and process of a snapshot, kept for the next unit; computes in the precision, answers in float32."""
+    def network(self, url: str, precision: str, differentiable: bool = False) -> tuple[Network, Process]:
+        """Network and process of a snapshot, kept for the next unit; computes in the precision, answers in float32.
+
+        differentiable: as to its input, which a recording isn't.
+        """
         loaded = self._load(url, precision)
-        return loaded.network, loaded.diffusion
+        return _in_float32(loaded.unet) if differentiable else loaded.network, loaded.diffusion
+
+    def guide(self, settings: SamplingConfig) -> Guide | None:
+        """The worse network of sampling.guide, kept as the snapshot's own is."""
+        if settings.guide is None:
+            return None
+        network, diffusion = self.network(settings.guide, settings.precision)
+        return Guide(network, diffusion, snapshot.load_info(settings.guide)["num_classes"])
 
     def _load(self, url: str, precision: str) -> _Loaded:
         key = (url, precision)
@@ -182,36 +180,20 @@ class SampleWorker:
             unet, diffusion = snapshot.load_snapshot(url)
             unet = unet.to(self.device, DTYPES[precision]).eval().requires_grad_(False)
             self._loaded[key] = _Loaded(unet, diffusion, _in_float32(captured(unet, self.device)))
-=======
-    def network(self, url: str, precision: str, differentiable: bool = False) -> tuple[Network, Process]:
-        """Network and process of a snapshot, kept for the next unit; computes in the precision, answers in float32.
-
-        differentiable: as to its input, which a recording isn't.
-        """
-        key = (url, precision, differentiable)
-        if key not in self._networks:
-            unet, diffusion = snapshot.load_snapshot(url)
-            unet = unet.to(self.device, DTYPES[precision]).eval().requires_grad_(False)
-            call = unet if differentiable else captured(unet, self.device)
-
-            def network(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-                return call(x, t, labels).float()
-
-            self._networks[key] = network, diffusion
->>>>>>> c36c06d (Processes on (alpha, sigma) of a continuous time: EDM's and flow matching's beside the paper's table)
             self.loads += 1
             log.info("loaded %s (%d. load of this worker)", storage.redact(url), self.loads)
         self._loaded.move_to_end(key)
         return self._loaded[key]
 
-<<<<<<< HEAD
-    def _largest_batch(self, loaded: _Loaded, info: dict[str, Any], settings: SamplingConfig, bound: int) -> int:
+    def _largest_batch(
+        self, loaded: _Loaded, info: dict[str, Any], settings: SamplingConfig, bound: int, guide: Guide | None
+    ) -> int:
         """The largest batch whose first step, made as `images` makes it, leaves enough of the memory free."""
         kinds = [settings]
         if settings.guidance_interval is not None:  # both kinds of step, of which a chain's first is only one
             kinds = [
                 settings.model_copy(update={"guidance_interval": None}),
-                settings.model_copy(update={"guidance_scale": 1.0}),
+                settings.model_copy(update={"guidance_scale": 1.0, "guide": None}),
             ]
 
         def attempt(batch: int) -> None:
@@ -229,6 +211,7 @@ class SampleWorker:
                     labels=labels,
                     null_label=info["num_classes"],
                     device=self.device,
+                    guide=guide,
                 )
                 next(steps)
 
@@ -240,38 +223,6 @@ def _in_float32(call: Network) -> Network:
         return call(x, t, labels).float()
 
     return network
-=======
-    def guide(self, settings: SamplingConfig) -> Guide | None:
-        """The worse network of sampling.guide, kept as the snapshot's own is."""
-        if settings.guide is None:
-            return None
-        network, diffusion = self.network(settings.guide, settings.precision)
-        return Guide(network, diffusion, snapshot.load_info(settings.guide)["num_classes"])
-
-    @torch.no_grad()
-    def _largest_batch(self, network: Network, info: dict[str, Any], settings: SamplingConfig, bound: int) -> int:
-        """The largest power of two, up to the bound, whose evaluation fits MEMORY_SHARE of the free memory."""
-        bound = min(MAX_BATCH, bound, settings.unit_size)
-        free = _free_bytes(self.device)
-        batch = 1
-        while True:
-            shape = (
-                batch * (2 if settings.guidance_scale != 1 and settings.guide is None else 1),
-                info["channels"],
-                *[info["image_size"]] * 2,
-            )
-            labels = None if info["num_classes"] is None else torch.zeros(shape[0], dtype=torch.long)
-            labels = labels.to(self.device) if labels is not None else None
-            before = _used_bytes(self.device)
-            try:
-                network(torch.zeros(shape, device=self.device), torch.zeros(shape[0], device=self.device), labels)
-            except torch.cuda.OutOfMemoryError:
-                return max(1, batch // 2)
-            used = _peak_bytes(self.device) - before
-            if 2 * batch > bound or 2 * used > MEMORY_SHARE * free:
-                return batch
-            batch *= 2
->>>>>>> c36c06d (Processes on (alpha, sigma) of a continuous time: EDM's and flow matching's beside the paper's table)
 
 
 def device_kind(device: torch.device) -> str:

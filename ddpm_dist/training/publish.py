@@ -14,14 +14,8 @@ from torch import Tensor
 
 from ddpm_dist import snapshot, storage
 from ddpm_dist.config import Config
-<<<<<<< HEAD
-from ddpm_dist.diffusion import GaussianDiffusion, Network, sample
+from ddpm_dist.diffusion import Network, Process, sample
 from ddpm_dist.engine import Engine, World
-=======
-from ddpm_dist.diffusion import Process, sample
-from ddpm_dist.engine import World
-from ddpm_dist.models import UNet, UNetConfig
->>>>>>> c36c06d (Processes on (alpha, sigma) of a continuous time: EDM's and flow matching's beside the paper's table)
 from ddpm_dist.recipe import dump_config
 from ddpm_dist.training import run_folder
 from ddpm_dist.training.ema import MAIN, Ema
@@ -37,7 +31,7 @@ class SnapshotPublisher:
         self,
         cfg: Config,
         world: World,
-        diffusion: GaussianDiffusion,
+        diffusion: Process,
         events: EventLog | None,
         check_owner: Callable[[], None],
     ) -> None:
@@ -73,18 +67,7 @@ class SnapshotPublisher:
         self.wait()
         self._pool.shutdown()
 
-<<<<<<< HEAD
     def _upload(self, averages: dict[str, dict[str, Tensor]], step: int, clock: int) -> None:
-=======
-    def _upload(
-        self,
-        averages: dict[str, dict[str, Tensor]],
-        config: UNetConfig,
-        diffusion: Process,
-        step: int,
-        clock: int,
-    ) -> None:
->>>>>>> c36c06d (Processes on (alpha, sigma) of a continuous time: EDM's and flow matching's beside the paper's table)
         """The snapshot, and beside it one of each power average (for ddpm-posthoc-ema)."""
         cfg = self._cfg
         for label, weights in averages.items():
@@ -101,12 +84,7 @@ class SnapshotPublisher:
             snapshot.save_snapshot(url, weights, self._network, self._diffusion, info, self._check_owner)
             log.info("snapshot of step %d: %s", step, url)
 
-<<<<<<< HEAD
     def _sample_grid(self, network: Network) -> Tensor:
-=======
-    @torch.no_grad()
-    def _sample_grid(self, network: UNet, diffusion: Process) -> Tensor:
->>>>>>> c36c06d (Processes on (alpha, sigma) of a continuous time: EDM's and flow matching's beside the paper's table)
         """[grid_images, C, H, W] uint8 on all ranks; image i has the noise of index i."""
         cfg, world = self._cfg, self._world
         each = -(-cfg.logging.grid_images // world.size)
@@ -116,7 +94,7 @@ class SnapshotPublisher:
         update: dict[str, Any] = {"sampler": "ddim", "steps": steps, "eta": None, "churn": 0.0}
         if cfg.sampling.guide is not None:
             update |= {"guide": None, "guidance_scale": 1.0}
-        if diffusion.discrete:
+        if self._diffusion.discrete:
             update |= {"steps": min(steps, cfg.diffusion.timesteps), "spacing": "uniform"}
         settings = cfg.sampling.model_copy(update=update)
         images = sample(

@@ -6,7 +6,7 @@ import torch
 
 from ddpm_dist import snapshot
 from ddpm_dist.config import Config
-from ddpm_dist.diffusion import LossHistory
+from ddpm_dist.diffusion import QUARTILES, LossHistory, bins_of
 from ddpm_dist.engine import gather_objects
 from ddpm_dist.engine.engine import Engine
 from ddpm_dist.engine.world import World
@@ -45,7 +45,7 @@ class Steps:
             self.images = self.images.pin_memory()
         classes = self.cfg.model.num_classes
         learns_t = self.cfg.diffusion.t_sampling == "loss_second_moment"
-        self.history = LossHistory(self.cfg.diffusion.timesteps) if learns_t else None
+        self.history = LossHistory.of(self.diffusion) if learns_t else None
         self.labels = torch.arange(8)[share] % classes if classes else None
 
     def one(self, step: int) -> StepResult:
@@ -56,10 +56,13 @@ class Steps:
         if result.report.applied:
             self.ema.update(step, 8)
         if self.history is not None:
-            ranks = gather_objects(self.world, (result.t.cpu(), result.loss.cpu()))
+            bins = bins_of(self.diffusion, self.cfg.diffusion, result.t, len(self.history.counts))
+            ranks = gather_objects(self.world, (bins, result.loss.cpu()))
             self.history.update(torch.cat([t for t, _ in ranks]), torch.cat([loss for _, loss in ranks]))
         self.control.hear()
-        self.control.tell(result.loss, result.t, self.cfg.diffusion.timesteps, 0, False, False)
+        self.control.tell(
+            result.loss, bins_of(self.diffusion, self.cfg.diffusion, result.t, QUARTILES), 0, False, False
+        )
         return result
 
     def digest(self) -> str:

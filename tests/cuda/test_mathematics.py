@@ -12,8 +12,8 @@ from torch import Tensor
 from ddpm_dist import rng, snapshot, storage
 from ddpm_dist.config import SamplingConfig
 from ddpm_dist.diffusion import bits_per_dim, sample, training_losses
-from ddpm_dist.diffusion.losses import draw_t
 from ddpm_dist.diffusion.samplers import SAMPLERS
+from ddpm_dist.diffusion.times import draw_t
 from ddpm_dist.engine.world import World
 from ddpm_dist.evaluation.features import open_network
 from ddpm_dist.evaluation.inception import FidInception
@@ -77,7 +77,7 @@ def losses(world: World, settings: dict[str, Any]) -> dict[str, Tensor]:
         network.conv_out.weight.mul_(1e4)
     network.to(world.device)
     places = torch.arange(16)
-    t, weight = draw_t(cfg.diffusion, 1, 7, places, 16, None)
+    t, weight = draw_t(diffusion, cfg.diffusion, 1, 7, places, 16, None)
     t = t.to(world.device)
     x_start = torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(0)).to(world.device) * 2 - 1
     eps = rng.normal(1, 2, places.to(world.device), (3, 8, 8))

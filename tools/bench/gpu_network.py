@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ddpm_dist import rng, snapshot
 from ddpm_dist.config import Config
+from ddpm_dist.diffusion import QUARTILES, bins_of
 from ddpm_dist.engine import Engine, init_world
 from ddpm_dist.recipe import load_config
 from ddpm_dist.training.control import Control
@@ -66,7 +67,9 @@ class Ours:
         if result.report.applied:
             self.ema.update(self.done, self.cfg.train.global_batch)
         self.control.hear()
-        self.control.tell(result.loss, result.t, self.cfg.diffusion.timesteps, 0, False, False)
+        self.control.tell(
+            result.loss, bins_of(self.diffusion, self.cfg.diffusion, result.t, QUARTILES), 0, False, False
+        )
         self.done += 1
 
 
