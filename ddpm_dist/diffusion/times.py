@@ -128,9 +128,8 @@ class LossHistory:
         p = torch.from_numpy(self.probabilities()).to(u.device)
         below = p.cumsum(0)
         t = torch.searchsorted(below, u, right=True).clamp(max=len(p) - 1)
-        within = ((u - (below[t] - p[t])) / p[t]).clamp(
-            1e-6, 1 - 1e-6
-        )  # so that rounding leaves no share in another bin
+        # Rounding must leave no share in another bin.
+        within = ((u - (below[t] - p[t])) / p[t]).clamp(1e-6, 1 - 1e-6)
         return (t + within) / len(p), (1 / (len(p) * p[t])).float()
 
     def state_dict(self) -> dict[str, Tensor]:
