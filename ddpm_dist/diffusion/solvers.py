@@ -170,8 +170,9 @@ def euler(chain: Chain, x: Tensor) -> Sampled:
     """
     here = chain.diffusion.level(chain.times)
     h = np.diff(np.append(chain.times.astype(np.float64), chain.diffusion.path.origin))
-    of_x, of_x_start = ode_weights(here)
-    for k, (a, b) in enumerate(chain.rows(1 + h * of_x, h * of_x_start)):
+    of_x, of_x_start = (h * weights for weights in ode_weights(here))
+    of_x[-1], of_x_start[-1] = -1, 1  # to x_0, as both other paths lead by themselves
+    for k, (a, b) in enumerate(chain.rows(1 + of_x, of_x_start)):
         x_start, _ = chain.denoise(x, k)
         x = a * x + b * x_start
         yield x, x_start
