@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from ddpm_dist.config import DiffusionConfig
+from ddpm_dist.diffusion import continuous
 from ddpm_dist.diffusion.gaussian import PREDICTIONS, VARIANCES, GaussianDiffusion
 from ddpm_dist.diffusion.likelihood import prior_bits
 from ddpm_dist.diffusion.schedules import make_betas
@@ -238,7 +239,7 @@ def test_every_variance_is_heard(variance):
 
 def test_names_are_the_configurations():
     fields = DiffusionConfig.model_fields
-    assert get_args(fields["prediction"].annotation) == PREDICTIONS
+    assert set(get_args(fields["prediction"].annotation)) == {*PREDICTIONS, *continuous.PREDICTIONS}
     assert get_args(fields["variance"].annotation) == VARIANCES
 
 

@@ -311,7 +311,7 @@ def test_flows_loss_and_sampler_are_the_published_ones():
     t = torch.rand(8, generator=generator, dtype=torch.float64)
     s = t.float().reshape(-1, 1, 1, 1)
     x_t = s * x_1 + (1 - s) * x_0
-    theirs = ((-network(x_t, 1000 * (1 - t).float()) - (x_1 - x_0)) ** 2).flatten(1).mean(dim=1)
+    theirs = ((-network(x_t, (1000 * (1 - t)).float()) - (x_1 - x_0)) ** 2).flatten(1).mean(dim=1)
     ours = training_losses(d, network, x_1, 1 - t, x_0, None, cfg).loss
     assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
