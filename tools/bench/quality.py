@@ -202,7 +202,7 @@ def flow(bench: Bench, settings: list[str], seed: int) -> Tensor:
 
 
 def _elsewhere(name: str, python: str, checkout: list[str], bench: Bench, settings: list[str], seed: int) -> Tensor:
-    """The samples of tools/bench/quality_NAME.py, run by a Python that has what it needs."""
+    """The samples of the script of that name beside this one, run by a Python that has what it needs."""
     images, samples = bench.work / "real.npy", bench.work / f"{name}-{seed}.npy"
     np.save(images, bench.real.numpy())
     options: dict[str, Any] = {"images": bench.args.images, "seed": seed, "lr": LR}
