@@ -37,6 +37,7 @@ BRINGS: dict[str, dict[str, str]] = {
     "planning": {"*": f"torch numpy pydantic yaml psutil {PIXELS}"},
     "evaluation": {
         "*": f"torch pydantic safetensors ray {SHARDS}",
+        "job question warnings": f"torch pydantic yaml safetensors ray {SHARDS}",
         "follow report": f"{TRAINING} {SHARDS} ray tensorboard",
         "chart": "",
         "distances moments inception": "torch numpy",

@@ -68,6 +68,7 @@ def test_the_folder_of_another_user_is_named(monkeypatch: pytest.MonkeyPatch) ->
         raise PermissionError(13, "Permission denied", "/tmp/ray/session")
 
     monkeypatch.setattr(ray, "init", deny)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(ClusterError, match=r"/tmp/ray/session belongs to another user .*RAY_TMPDIR"):
         connect.connect_ray()

@@ -1,5 +1,6 @@
 """tools/inspect_checkpoint.py on real states: what it says of whole, damaged, void and differing ones."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ SHAPES = {"conv.weight": [4, 3, 2], "conv.bias": [5]}
 
 def write(run: Path, step: int, attempt: int, ranks: int = 1, change: float = 0.0) -> dict[str, torch.Tensor]:
     """A state by ranks that each hold an equal part of every parameter; the full weights."""
-    full = {name: torch.arange(fmt._numel(shape)).float() + step for name, shape in SHAPES.items()}
+    full = {name: torch.arange(math.prod(shape)).float() + step for name, shape in SHAPES.items()}
     full["conv.bias"][2] += change
     folder = f"file://{run}/checkpoints"
     writers = [StateWriter(folder, rank, ranks, lambda state: None, lambda: None) for rank in range(ranks)]

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import socket
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -29,11 +30,11 @@ def namespaces() -> bool:
 
 
 @pytest.mark.skipif(not namespaces(), reason="needs root and namespaces")
-def test_ten_faults_at_once_each_by_its_name(tmp_path: Path) -> None:
+def test_ten_faults_at_once_each_by_its_name(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """A container as they are: 64 MB of /dev/shm, a full disk, a name that nobody knows, low limits; and a recipe that
     doesn't fit it."""
-    small, programs = tmp_path / "small", tmp_path / "none"
-    small.mkdir()
+    small, programs = Path(tempfile.mkdtemp(prefix="small-", dir="/tmp")), tmp_path / "none"  # a short path
+    request.addfinalizer(small.rmdir)
     plant = f"""
         mount -t tmpfs -o size=64m none /dev/shm
         mount -t tmpfs -o size=16m none {small}

@@ -99,7 +99,7 @@ def test_so_many_in_a_row_stop_the_run_and_the_last_state_goes_on(data_url: str,
     assert said
     assert all("NonFiniteError: 3 steps in a row up to step 5" in text for text in said), said
     folder = f"{bucket_url}/run/checkpoints"
-    newest = history.read(folder)[1][0]
-    assert newest.step <= 4, "no state is taken where the run stops"
+    # On a busy machine the first state is still on its way when the run ends.
+    assert all(state.step <= 4 for state in history.read(folder)[1]), "no state is taken where the run stops"
     loop.finish(cfg, 2)
     assert history.read(folder)[1][0].step == 8

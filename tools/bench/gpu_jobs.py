@@ -17,7 +17,7 @@ from ddpm_dist import rng, snapshot, storage
 from ddpm_dist.config import ClusterConfig, SamplingConfig
 from ddpm_dist.data.decode import encode_png
 from ddpm_dist.data.writer import EncodedSample, write_index, write_shard
-from ddpm_dist.diffusion import bits_per_dim, sample
+from ddpm_dist.diffusion import GaussianDiffusion, bits_per_dim, sample
 from ddpm_dist.engine import init_world
 from ddpm_dist.errors import EvaluationError
 from ddpm_dist.evaluation.features import open_network
@@ -210,6 +210,7 @@ class Sampler:
     def bits(self, batch: int) -> float:
         """Seconds of the likelihood of so many images."""
         network, diffusion = self._worker.network(self._url, "fp32")
+        assert isinstance(diffusion, GaussianDiffusion)
         x_start = images(self._setting, batch).to(self._worker.device).float() / 127.5 - 1
         indices = torch.arange(batch, device=self._worker.device)
         return seconds_of(

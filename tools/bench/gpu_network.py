@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ddpm_dist import rng, snapshot
 from ddpm_dist.config import Config
-from ddpm_dist.diffusion import QUARTILES, bins_of
+from ddpm_dist.diffusion import QUARTILES, GaussianDiffusion, bins_of
 from ddpm_dist.engine import Engine, init_world
 from ddpm_dist.recipe import load_config
 from ddpm_dist.training.control import Control
@@ -88,7 +88,9 @@ class Plain:
         self.fused = fused
         capturable = setting.on_cuda and fused
         self.adam = torch.optim.Adam(self.masters, lr=LR, fused=fused, capturable=capturable)
-        _, self.diffusion = snapshot.build(recipe(setting, batch))
+        _, process = snapshot.build(recipe(setting, batch))
+        assert isinstance(process, GaussianDiffusion)
+        self.diffusion = process
         for name in ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"):
             setattr(self, name, torch.tensor(self.diffusion_weights(name), dtype=torch.float32, device=self.device))
         self.layout = layout

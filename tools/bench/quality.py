@@ -288,7 +288,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if unknown:
         parser.error(f"no arm is called {sorted(unknown)[0]!r}; there are {', '.join(ARMS)}")
     for name, arm in {(arm, getattr(args, arm, "")) for arm, _ in _arms(args).values() if arm in ("edm", "flow")}:
-        if arm is None or not arm.is_dir():
+        if not isinstance(arm, Path) or not arm.is_dir():
             parser.error(f"--{name}: give the folder of a checkout; {arm or 'none'} is no folder")
     torch.set_num_threads(1)
     return args

@@ -43,7 +43,7 @@ from ddpm_dist.diffusion.grids import SPACINGS  # noqa: E402
 from ddpm_dist.diffusion.samplers import SAMPLERS, sample  # noqa: E402
 from ddpm_dist.errors import ConfigError  # noqa: E402
 from ddpm_dist.recipe import load_config  # noqa: E402
-from tools.bench.quality import Judge  # noqa: E402
+from tools.bench.quality_judge import Judge  # noqa: E402
 from tools.bench.samplers_picture import picture  # noqa: E402
 from tools.bench.samplers_rows import METRICS, Draw, Row, curves, first_within, steps_for  # noqa: E402
 
