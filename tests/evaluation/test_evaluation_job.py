@@ -193,7 +193,7 @@ def test_bits_per_dim_of_a_continuous_process_is_the_odes(tmp_path: Path, sets: 
     held_out = make_set(f"file://{tmp_path}/held-out", pictures(3, 5))
     order = Order(snapshot=url, data=sets[1], held_out=held_out, metrics=("bits_per_dim",), num_samples=4)
     sampling = SETTINGS.model_copy(update={"steps": 2})
-    found = evaluate(replace(order, sampling=sampling))["metrics"]
+    found = evaluate(replace(order, sampling=sampling, out=f"file://{tmp_path}/out"))["metrics"]
     network, diffusion = snapshot.load_snapshot(url)
     x = torch.from_numpy(np.stack([sample.image for sample in iterate(held_out, channels=1)])).float() / 127.5 - 1
     noise = rng.uniform(0, rng.Purpose.LIKELIHOOD, torch.arange(3), (1, 8, 8), rng.MAX_STEP) - 0.5

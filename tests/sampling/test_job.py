@@ -274,7 +274,7 @@ def test_a_class_conditional_network_of_diffusers(tmp_path: Path) -> None:
     assert {sample.label for sample in iterate(f"{out}-1")} == {1}
     assert load_index(out).num_samples == 20
     guided = make_order(url, f"{out}-2", sampling=SETTINGS.model_copy(update={"guidance_scale": 2.0}))
-    with pytest.raises(SamplingError, match="network has no null class, it can't be guided; use 1"):
+    with pytest.raises(SamplingError, match="network has no null class, it can't be guided by classes; use 1"):
         run_here(guided)
 
 
@@ -310,7 +310,7 @@ def test_bad_orders_say_what_is_wrong(tmp_path: Path) -> None:
     cases: list[tuple[job.Order, type[DdpmDistError], str]] = [
         (make_order(f"{place}/nothing", f"{place}/o"), SnapshotError, "not a snapshot, it has no model_index.json"),
         (make_order(url, f"{place}/o", labels="3"), SamplingError, "network is unconditional; leave --labels out"),
-        (make_order(url, f"{place}/o", sampling=guided), SamplingError, "can't be guided; use 1"),
+        (make_order(url, f"{place}/o", sampling=guided), SamplingError, "can't be guided by classes; use 1"),
         (make_order(url, f"{place}/o", sampling=too_many), ConfigError, "sampling.steps: 99"),
         (make_order(url, f"{place}/o", 0), SamplingError, "--num-samples 0: at least 1"),
         (make_order(url, f"{place}/taken", seed=5), SamplingError, "another job's samples:\n  seed: 0 -> 5"),
