@@ -75,4 +75,5 @@ def test_the_picture_has_a_curve_for_each_sampler() -> None:
     colours = {colour for _, colour in picture(rows).getcolors(2**24) or []}
     shown = {name: ImageColor.getrgb(colour) for name, colour in COLOURS.items()}
     assert len(set(shown.values())) == len(shown)
-    assert {name for name, colour in shown.items() if colour in colours} == {"unipc", "ddim"}  # also at their edge
+    found = {name for name, colour in shown.items() if colour in colours}
+    assert found - {"ddpm"} == {"unipc", "ddim"}, "also at their edge; ddpm's grey is that of words"
