@@ -138,7 +138,8 @@ class _Rank:
                 return self._failed(HangError(f"no sign of life for {self._silence_s:.0f} s"))
             if not told_preemption and self._context.preemption_context.preemption_info is not None:
                 told_preemption = True
-                self._words.sendall(b"p")
+                with contextlib.suppress(OSError):  # a rank that has just died is found by the next look
+                    self._words.sendall(b"p")
 
     def _hear(self) -> None:
         self._heard_at = time.monotonic()
