@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from ddpm_dist.state import awaited
+
 MOMENTS = 2
 COPY_BYTES_PER_S = 20e9
 """From a GPU to pinned memory: an assumption, as of PCIe 4 with 16 lanes."""
@@ -32,9 +34,11 @@ def saving(
     parameters: int, averages: int, ranks: int, nodes: int, store: float, step_s: float, part_s: float
 ) -> Saving:
     """A save of `ranks` on `nodes`, each node with `store` bytes/s to the store: all write their shares at once,
-    and the first rank sees in `part_s` that each part is there."""
+    and the first rank sees in `part_s` each that the parts which it waits for are there, as if one after another."""
     size = state_bytes(parameters, averages)
-    return Saving(STALL_SHARE * step_s + size / ranks / COPY_BYTES_PER_S, size / nodes / store + ranks * part_s)
+    return Saving(
+        STALL_SHARE * step_s + size / ranks / COPY_BYTES_PER_S, size / nodes / store + awaited(ranks) * part_s
+    )
 
 
 def young(stall_s: float, mtbf_s: float) -> float:

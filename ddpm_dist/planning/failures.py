@@ -44,7 +44,7 @@ CONSTANTS = {
         2.0, "s", "more for each doubling of the ranks beyond 2, of a group's forming and of stragglers", "assumed",
     ),
     "per_part": Constant(
-        0.005, "s", "rank 0 sees one rank's part of a state, one after another (state/writer.py)",
+        0.005, "s", "rank 0 sees one of the parts of a state that it waits for (state/parts.py)",
         'measured, a server on the same machine: NOTES.md, "What a part of a state costs rank 0"',
     ),
     "process_share": Constant(

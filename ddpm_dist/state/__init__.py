@@ -11,6 +11,7 @@ from ddpm_dist.lazy import lazily
 if TYPE_CHECKING:
     from ddpm_dist.state.format import MANIFEST as MANIFEST, Manifest as Manifest, StateId as StateId
     from ddpm_dist.state.history import latest_step as latest_step, newest_state as newest_state
+    from ddpm_dist.state.parts import awaited as awaited
     from ddpm_dist.state.reader import read_full as read_full, read_manifest as read_manifest, verify as verify
     from ddpm_dist.state.store import StateStore as StateStore, read_state as read_state
 
@@ -20,6 +21,7 @@ __all__, _asked = lazily(
     format="MANIFEST Manifest StateId",
     history="latest_step newest_state",
     reader="read_full read_manifest verify",
+    parts="awaited",
     store="StateStore read_state",
 )
 if not TYPE_CHECKING:

@@ -7,6 +7,7 @@ was seen in the store and not merely told. The first of each GROUP ranks puts th
 rank 0 waits for W / GROUP objects beside those of its own group.
 """
 
+import math
 import os
 import threading
 import time
@@ -28,6 +29,11 @@ PARTS_PATIENCE_S = 600.0
 """How long the parts of other ranks are waited for."""
 NICENESS = 10
 """The background threads give way to the training where they share a core with it."""
+
+
+def awaited(size: int) -> int:
+    """Parts that rank 0 of so many waits for: those of its own group, and one for each other group."""
+    return min(size, GROUP) - 1 + math.ceil(size / GROUP) - 1
 
 
 def hand_in(url: str, rank: int, size: int, part: fmt.Part) -> list[fmt.Part] | None:

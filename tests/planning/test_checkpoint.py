@@ -63,8 +63,10 @@ def test_goodput_at_its_ends() -> None:
 
 def test_a_save_costs_what_its_bytes_take() -> None:
     cost = saving(10**9, 1, ranks=64, nodes=8, store=1e9, step_s=1.0, part_s=0.005)
-    assert cost.background_s == pytest.approx(16e9 / 8 / 1e9 + 64 * 0.005)
+    assert cost.background_s == pytest.approx(16e9 / 8 / 1e9 + 63 * 0.005)
     assert cost.stall_s == pytest.approx(0.021 + 16e9 / 64 / 20e9)
+    many = saving(10**9, 1, ranks=16384, nodes=2048, store=1e9, step_s=1.0, part_s=0.005)
+    assert many.background_s == pytest.approx(16e9 / 2048 / 1e9 + (127 + 127) * 0.005)
 
 
 def test_hours_between_failures_go_through_the_published_points() -> None:
