@@ -23,13 +23,6 @@ ENDLESS = "train.steps=1000000"
 EVERY = "checkpoint.every_steps=4"
 
 
-@pytest.fixture(scope="module")
-def data_url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    url = (tmp_path_factory.mktemp("digits") / "data").as_uri()
-    jobs.make_digits(url)
-    return url
-
-
 class Job:
     """A job of two ranks; all of it dies with the test."""
 

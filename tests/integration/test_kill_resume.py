@@ -19,13 +19,6 @@ def overrides(run_url: str, data_url: str) -> list[str]:
     return [f"run.url={run_url}", f"data.url={data_url}", f"train.steps={STEPS}", "cluster.workers=2", *jobs.SMALL]
 
 
-@pytest.fixture(scope="module")
-def data_url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    url = (tmp_path_factory.mktemp("digits") / "data").as_uri()
-    jobs.make_digits(url)
-    return url
-
-
 @pytest.mark.timeout(900)
 def test_killed_and_resumed_equals_unbroken(bucket_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data_url, log, temp = f"{bucket_url}/data", tmp_path / "log", tmp_path / "temp"

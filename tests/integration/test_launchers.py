@@ -52,13 +52,6 @@ def found(*programs: str, package: str) -> None:
         pytest.skip(f"{', '.join(lacking)}: not installed here; apt-get install {package}")
 
 
-@pytest.fixture(scope="module")
-def data_url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    url = (tmp_path_factory.mktemp("digits") / "data").as_uri()
-    jobs.make_digits(url)
-    return url
-
-
 class Trial:
     """A training of two processes, into a folder of its own."""
 

@@ -8,7 +8,7 @@ import pytest
 
 from ddpm_dist import storage
 from ddpm_dist.state import history
-from tests.integration import jobs, loop_ranks as loop
+from tests.integration import loop_ranks as loop
 from tests.integration.loop_ranks import Faults
 
 STEPS = 7
@@ -18,13 +18,6 @@ MODES = [
     for accumulation in (1, 2)
 ]
 QUICK = [(1, "bf16", 2), (3, "fp32", 1)]
-
-
-@pytest.fixture(scope="session")
-def data_url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    url = (tmp_path_factory.mktemp("digits") / "data").as_uri()
-    jobs.make_digits(url)
-    return url
 
 
 @pytest.mark.timeout(600)

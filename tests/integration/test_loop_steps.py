@@ -8,15 +8,8 @@ import pytest
 
 from ddpm_dist import storage
 from ddpm_dist.state import history
-from tests.integration import jobs, loop_ranks as loop
+from tests.integration import loop_ranks as loop
 from tests.integration.loop_ranks import Faults
-
-
-@pytest.fixture(scope="module")
-def data_url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    url = (tmp_path_factory.mktemp("digits") / "data").as_uri()
-    jobs.make_digits(url)
-    return url
 
 
 def record(folder: Path, name: str) -> Faults:

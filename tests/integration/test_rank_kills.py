@@ -11,19 +11,12 @@ import pytest
 
 from ddpm_dist import storage
 from ddpm_dist.state.history import latest_step
-from tests.integration import jobs, loop_ranks as loop
+from tests.integration import loop_ranks as loop
 from tests.integration.test_ray_failures import Job, attempts, ended, unbroken
 from tests.ray_local import RayCluster
 from tools.local.s3_server import S3Server
 
 RANK, SUPERVISOR, STANDBY = "ddpm_dist rank", "ray::RayTrainWorker", "ddpm_dist standby"
-
-
-@pytest.fixture(scope="module")
-def data_url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    url = (tmp_path_factory.mktemp("digits") / "data").as_uri()
-    jobs.make_digits(url)
-    return url
 
 
 @pytest.fixture(scope="module")

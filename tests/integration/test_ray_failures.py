@@ -22,13 +22,6 @@ from tools.local.s3_server import S3Server
 EVERY = "checkpoint.every_steps=5"
 
 
-@pytest.fixture(scope="module")
-def data_url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    url = (tmp_path_factory.mktemp("digits") / "data").as_uri()
-    jobs.make_digits(url)
-    return url
-
-
 @pytest.fixture
 def cluster(s3_server: S3Server) -> Iterator[RayCluster]:
     """A head with one CPU; tests add nodes."""
