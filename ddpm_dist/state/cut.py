@@ -4,6 +4,7 @@ Of 16,384 ranks under ZeRO-3 the pieces are millions; written out they were most
 The three rules are DeepSpeed's, and our own where all is everywhere; a rank holds each rule to what it really owns.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -106,11 +107,4 @@ class Cut:
 
 def cut_of(stage: int, ranks: int, shapes: Mapping[str, Sequence[int]]) -> Cut:
     """The cut of a ZeRO stage."""
-    return Cut(RULES[stage], ranks, {name: numel_of(shape) for name, shape in shapes.items()})
-
-
-def numel_of(shape: Sequence[int]) -> int:
-    total = 1
-    for length in shape:
-        total *= length
-    return total
+    return Cut(RULES[stage], ranks, {name: math.prod(shape) for name, shape in shapes.items()})

@@ -19,6 +19,7 @@ parameters were cut (cut.py); the parts of ranks 128 to 255 are put together in 
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from typing import Any
 
 from ddpm_dist.engine import Address
 from ddpm_dist.errors import DamagedStateError, StateError
-from ddpm_dist.state.cut import RULES, Cut, numel_of
+from ddpm_dist.state.cut import RULES, Cut
 
 FORMAT = "ddpm_dist training state"
 VERSIONS = (1, 2)
@@ -143,7 +144,7 @@ def check_complete(manifest: Manifest, place: str) -> None:
             if offset != end:
                 raise DamagedStateError(f"{place}: elements {end} to {offset} of {name} are not there exactly once")
             end += numel
-        if name not in manifest.shapes or end != numel_of(manifest.shapes[name]):
+        if name not in manifest.shapes or end != math.prod(manifest.shapes[name]):
             raise DamagedStateError(f"{place}: {end} elements of {name} don't make the shape it has")
 
 
@@ -171,7 +172,7 @@ def decode_manifest(data: bytes, place: str) -> Manifest:
         shapes, cut = body["shapes"], body.get("cut")
         if cut is not None and cut["rule"] not in RULES.values():
             raise KeyError(cut["rule"])
-        numels = {name: numel_of(shape) for name, shape in shapes.items()}
+        numels = {name: math.prod(shape) for name, shape in shapes.items()}
         manifest = Manifest(
             StateId(body["step"], body["attempt"]),
             shapes,
