@@ -12,10 +12,10 @@ import psutil  # type: ignore[import-untyped]
 
 from ddpm_dist.config import Config
 from ddpm_dist.doctor.rows import Asked, Check, Failed, Remark, Skipped, check
+from ddpm_dist.engine import INFINIBAND, SHM, SHM_BYTES
 from ddpm_dist.planning import count, state_bytes
 
 MIB, GIB = 2**20, 2**30
-SHM, SHM_BYTES = Path("/dev/shm"), 1 * GIB  # noqa: S108 - the kernel's name for it
 MEMLOCK_BYTES = 64 * MIB
 FREE_BYTES = 1 * GIB
 RAY_FULL = 0.95
@@ -23,7 +23,6 @@ RAY_FULL = 0.95
 SOCKET_PATH = 107
 RAY_SOCKET = len("/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store")
 OWN_SOCKET = len("/pymp-00000000/listener-00000000")
-INFINIBAND = Path("/sys/class/infiniband")
 _STA_UNSYNC = 0x0040
 _STATUS_AT = 40
 """Offset of `status` in struct timex, where long has 8 bytes."""
@@ -31,7 +30,7 @@ _STATUS_AT = 40
 
 @check("shared memory", "start the container with --shm-size=8g (Kubernetes: an emptyDir of medium Memory at /dev/shm)")
 def shared_memory(asked: Asked) -> str:
-    """Loader processes, NCCL and Ray's object store lie there; where it is full, they die of SIGBUS."""
+    """NCCL and Ray's object store lie there; where it is full, they die of SIGBUS."""
     if not SHM.is_dir():
         raise Skipped("not on this system")
     size = shutil.disk_usage(SHM).total

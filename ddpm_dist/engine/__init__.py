@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ddpm_dist.lazy import lazily
 
 if TYPE_CHECKING:
+    from ddpm_dist.engine.checks import INFINIBAND as INFINIBAND, SHM as SHM, SHM_BYTES as SHM_BYTES
     from ddpm_dist.engine.engine import (
         LOWEST_LOSS_SCALE as LOWEST_LOSS_SCALE,
         Engine as Engine,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__, _asked = lazily(
     __name__,
+    checks="INFINIBAND SHM SHM_BYTES",
     engine="Engine LOWEST_LOSS_SCALE StepReport",
     launchers="check_single launched",
     pieces="Address Piece bytes_of gather_full",
