@@ -139,3 +139,9 @@ class SamplingError(DdpmDistError):
 
 class EvaluationError(DdpmDistError):
     """A metric that can't be computed as asked."""
+
+
+def last_line(error: BaseException) -> str:
+    """What an error of a library says in its last line, which is the one that tells; its kind where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

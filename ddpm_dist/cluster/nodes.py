@@ -11,7 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ddpm_dist.cluster.connect import connect_ray
 from ddpm_dist.cluster.places import NodePlace, distinct
-from ddpm_dist.errors import ClusterError
+from ddpm_dist.errors import ClusterError, last_line
 
 PATIENCE_S = 120.0
 """For a node to start a process, import, and do what it is asked."""
@@ -63,7 +63,7 @@ class Nodes:
         except RayTaskError as error:
             return error.cause or error
         except RayError as error:
-            return ClusterError(_last_line(error))
+            return ClusterError(last_line(error))
 
     def total(self) -> dict[str, float]:
         """Resources of the cluster, such as {"CPU": 8.0}."""
@@ -78,8 +78,3 @@ def _places(nodes: Sequence[dict[str, Any]]) -> list[NodePlace]:
         )
         for name, node in zip(names, nodes, strict=True)
     ]
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

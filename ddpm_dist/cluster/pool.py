@@ -24,6 +24,7 @@ from ddpm_dist.errors import (
     TaskFailedError,
     UnreachableError,
     WorkerRefusedError,
+    last_line,
 )
 
 T = TypeVar("T", bound=Hashable)
@@ -215,9 +216,9 @@ class ActorPool:
             raise
         except RayError as error:
             self.losses += 1
-            log.warning("worker %d did not start: %s", member.number, str(error).strip().splitlines()[-1])
+            log.warning("worker %d did not start: %s", member.number, last_line(error))
             if self.losses > MAX_LOSSES and not self._members:
-                raise ClusterError(f"no worker starts: {str(error).strip().splitlines()[-1]}") from None
+                raise ClusterError(f"no worker starts: {last_line(error)}") from None
             return
         self._members.append(member)
 

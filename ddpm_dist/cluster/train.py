@@ -44,6 +44,7 @@ from ddpm_dist.errors import (
     PreemptedError,
     ShortReadError,
     UnreachableError,
+    last_line,
 )
 from ddpm_dist.recipe import dump_config
 from ddpm_dist.temporary import TemporaryFolder
@@ -53,8 +54,6 @@ MAY_PASS = (HangError, LoaderProcessError, UnreachableError, ShortReadError)
 
 RESIZE_CHECK_S = 10.0
 """How often an elastic run looks for more room."""
-
-
 ANSWER_S = 30.0
 """How long the agreement may take to say whether there is to be another attempt."""
 
@@ -89,7 +88,7 @@ def train_on_ray(cfg: Config, worker: Callable[[dict[str, Any]], None], newest_s
         try:
             _trainer(cfg, worker, newest_state, str(folder)).fit()
         except TrainingFailedError as error:
-            raise (_own_error(error) or ClusterError(f"the training failed: {_brief(error)}")) from error
+            raise (_own_error(error) or ClusterError(f"the training failed: {last_line(error)}")) from error
         except RayActorError as error:
             raise ClusterError(
                 "Ray Train's controller was lost (killed, or out of memory?); the same command continues the run"
@@ -272,11 +271,6 @@ def _own_error(error: TrainingFailedError) -> DdpmDistError | None:
         if isinstance(cause, DdpmDistError):
             return cause
     return None
-
-
-def _brief(error: TrainingFailedError) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
 
 
 def _resources(cfg: Config) -> dict[str, float]:

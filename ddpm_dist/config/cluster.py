@@ -27,7 +27,8 @@ class ClusterConfig(Section):
     wait_seconds: Free[Annotated[float, Field(gt=0)]] = 60
     """How long to wait for the resources of the smallest admissible size."""
     hang_seconds: Free[Annotated[float, Field(gt=0)]] = 300
-    """Floor of the heartbeat's limit for one step."""
+    """Floor of the heartbeat's limit for one step. Under Ray a rank that doesn't even say that it lives is ended after
+    ten times as long, and one without peers after twice as long."""
 
 
 class LoggingConfig(Section):

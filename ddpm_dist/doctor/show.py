@@ -22,7 +22,7 @@ def as_table(found: Examination) -> str:
     """One line a row, what failed first, each with its remedy below it; and how many failed."""
     shown = [row for row in _together(found) if row.state in ORDER]
     rows = sorted(shown, key=lambda row: ORDER[row.state])
-    widths = [max((len(text) for text in column), default=0) for column in zip(*(_cells(row) for row in rows))]  # noqa: B905
+    widths = [max((len(text) for text in column), default=0) for column in zip(*map(_cells, rows), strict=True)]
     lines = []
     for row in rows:
         cells = "  ".join(text.ljust(width) for text, width in zip(_cells(row), widths, strict=True))

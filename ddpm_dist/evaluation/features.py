@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ddpm_dist import storage
-from ddpm_dist.errors import EvaluationError, NotFoundError
+from ddpm_dist.errors import EvaluationError, NotFoundError, last_line
 from ddpm_dist.evaluation import inception
 
 BATCH = 64
@@ -201,7 +201,7 @@ class Script(FeatureNetwork):
             if not isinstance(probe, Tensor) or probe.ndim != 2:
                 raise ValueError(f"it returns {getattr(probe, 'shape', type(probe))}, not [B, D]")
         except (RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[-1]
+            reason = last_line(error)
             raise EvaluationError(
                 f"{name}: {storage.redact(url)} is not a TorchScript module from uint8 [B, 3, H, W] to [B, D]: {reason}"
             ) from None
