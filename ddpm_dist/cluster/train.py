@@ -133,8 +133,9 @@ def _trainer(
 def _agreement(max_failures: int) -> Any:
     """The supervisors' actor, on the driver's node: where that is lost, so is the job."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    decorate: Any = ray.remote(num_cpus=0, max_concurrency=100_000, scheduling_strategy=here)
-    return decorate(Agreement).remote(max_failures)
+    remote: Any = ray.remote  # its overloads know neither actors nor strategies together
+    actor = remote(num_cpus=0, max_concurrency=100_000, scheduling_strategy=here)(Agreement)
+    return actor.remote(max_failures)
 
 
 def await_resources(workers: int, each: dict[str, float], patience_s: float) -> None:
