@@ -59,9 +59,7 @@ def become(request: Request, keep: Sequence[int], parent: int) -> None:
         os._exit(1)  # it died before prctl could know it
     os.setsid()
     close_all_but({0, 1, 2, *keep})
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    usual_signals()
     os.environ.clear()
     os.environ.update(request.environment)
     set_title(request.title)
@@ -92,6 +90,13 @@ def run(request: Request, descriptors: Sequence[int]) -> int:
     if isinstance(code, str):
         print(code, file=sys.stderr, flush=True)
     return code if isinstance(code, int) else int(code is not None)
+
+
+def usual_signals() -> None:
+    """As Python begins, whatever the standby or who started Ray (`nohup`) ignores."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def close_all_but(keep: set[int]) -> None:
@@ -125,6 +130,7 @@ def main() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(sys.argv[1]):
         os._exit(1)
+    usual_signals()
     request = Request.decode(sys.stdin.buffer.read())
     os._exit(run(request, descriptors))
 

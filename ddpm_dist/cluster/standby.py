@@ -31,6 +31,8 @@ from ddpm_dist.errors import StandbyError
 
 LENGTH = struct.Struct("!Q")
 MOST_DESCRIPTORS = 32
+RUNNING = ".running"
+"""Behind its name, the file that a standby holds locked from before its imports to its end."""
 IDLE_S = 900.0
 START_S = 120.0
 ANSWER_S = 10.0
@@ -103,16 +105,44 @@ def find(
     name = key(preload, environment)
     place = folder / name
     with _locked(folder, patience_s):
+        if not _serves(place, patience_s):
+            _launch(folder, name, preload, watch, idle_s, patience_s, environment)
+    return Standby(place)
+
+
+def _serves(place: Path, patience_s: float) -> bool:
+    """Whether one is there; one that is starting, as its asker was killed meanwhile, is waited for."""
+    deadline = time.monotonic() + patience_s
+    while True:
         try:
             _connect(place).close()
+            return True
         except FileNotFoundError:
-            _launch(folder, name, preload, watch, idle_s, patience_s, environment)
+            pass
         except ConnectionRefusedError:  # it was killed
             place.unlink(missing_ok=True)
-            _launch(folder, name, preload, watch, idle_s, patience_s, environment)
         except OSError as error:
             raise StandbyError(f"the standby {place} doesn't answer: {error}") from None
-    return Standby(place)
+        if not _runs(place):
+            return False
+        if time.monotonic() > deadline:
+            raise StandbyError(f"the standby {place} has been starting for too long")
+        time.sleep(0.05)
+
+
+def _runs(place: Path) -> bool:
+    """Whether a standby of this name holds its lock: it is starting, serving or ending."""
+    try:
+        lock = os.open(f"{place}{RUNNING}", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False
 
 
 def private(folder: Path) -> Path:

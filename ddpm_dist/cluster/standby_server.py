@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from ddpm_dist.cluster import child
 from ddpm_dist.cluster.child import Request
-from ddpm_dist.cluster.standby import LENGTH, MOST_DESCRIPTORS, peer_uid
+from ddpm_dist.cluster.standby import LENGTH, MOST_DESCRIPTORS, RUNNING, peer_uid
 
 REQUEST_S = 5.0
 """An asker that doesn't finish its request in this time is left."""
@@ -208,26 +208,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     for descriptor in (0, 1, 2):
         os.dup2(nothing, descriptor)
     os.close(nothing)
-    with os.fdopen(status, "w") as out:
-        try:
-            server = _open(args)
-            out.write("ready\n")
-        except BaseException as error:  # the asker shows it: this process has no other way to say anything
-            out.write(f"{str(error) or type(error).__name__}\n")
-            return
+    try:
+        server = _open(args)
+    except BaseException as error:  # the asker shows it: this process has no other way to say anything
+        _answer(status, str(error) or type(error).__name__)
+        return
+    _answer(status, "ready")
     try:
         server.serve()
     finally:
-        for name in (server.place, f"{server.place}.running"):
+        for name in (server.place, f"{server.place}{RUNNING}"):
             with contextlib.suppress(OSError):
                 os.unlink(name)
     os._exit(0)
 
 
+def _answer(status: int, word: str) -> None:
+    """To the asker, if it still lives: another one may need what it has started."""
+    with contextlib.suppress(OSError):
+        os.write(status, word.encode() + b"\n")
+    os.close(status)
+
+
 def _open(args: argparse.Namespace) -> Server:
     """The server, whose socket appears in the folder under its name when all else is ready."""
     os.chdir(args.folder)  # names of sockets may have 108 bytes
-    lock = os.open(f"{args.name}.running", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    lock = os.open(f"{args.name}{RUNNING}", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     watched = os.pidfd_open(args.watch) if args.watch is not None else None
     reason = prepare(args.preload)

@@ -70,8 +70,8 @@ def deepspeed_settings(cfg: Config, world: World, micro_batch: int, accumulation
             "stage3_prefetch_bucket_size": bucket,
             "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
         }
-    if cfg.zero.stage > 0:
-        settings["gradient_clipping"] = cfg.train.grad_clip
+    # DeepSpeed's default is 1. Without ZeRO the gradient is clipped before DeepSpeed sees it (zero_layout).
+    settings["gradient_clipping"] = cfg.train.grad_clip if cfg.zero.stage > 0 else 0.0
     if cfg.zero.offload_optimizer:
         settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if cfg.precision == "bf16":

@@ -30,6 +30,11 @@ def light() -> None:
     import numpy  # noqa: F401
 
 
+def slow() -> None:
+    """A preload during which its asker can be killed."""
+    time.sleep(3)
+
+
 def with_a_thread() -> None:
     threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
 

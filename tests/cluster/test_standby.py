@@ -200,6 +200,21 @@ def test_who_asks_first_starts_it_and_all_others_find_it(folder: Path) -> None:
     assert pid_of(folder), "one"
 
 
+def test_one_whose_asker_was_killed_while_it_started_serves_the_next_asker(folder: Path) -> None:
+    """The next one waits for it: a second one beside it would be refused by its lock."""
+    slow = f"{HERE}:slow"
+    script = f"from tests.cluster.standby_children import *; find({str(folder)!r}, {slow!r})"
+    asker = subprocess.Popen([sys.executable, "-c", script], cwd=loop.ROOT)
+    while not list(folder.glob("*.running")):
+        assert asker.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.3)  # it holds its lock, and imports
+    asker.kill()
+    asker.wait()
+    assert subprocess.run([sys.executable, "-c", script], cwd=loop.ROOT, check=False).returncode == 0
+    assert pid_of(folder), "one"
+
+
 @pytest.mark.parametrize(
     ("preload", "reason"),
     [("with_a_thread", "it has 2 threads after its imports"), ("failing", "no such GPU"), ("absent", "no attribute")],

@@ -28,9 +28,10 @@ def run(
     words: Sequence[str], environment: Mapping[str, str] | None = None, before: Sequence[str] = ()
 ) -> tuple[int, list[Row], Any]:
     """(exit code, rows, the whole JSON) of tools/doctor.py --json. before: a command that starts what follows it."""
+    # Not from the checkout: Ray puts a driver's working directory before what its workers find by themselves.
     command = [*before, sys.executable, str(ROOT / "tools/doctor.py"), "--json", *words]
     done = subprocess.run(
-        command, env={**os.environ, **(environment or {})}, cwd=ROOT, capture_output=True, text=True, timeout=200
+        command, env={**os.environ, **(environment or {})}, cwd="/", capture_output=True, text=True, timeout=200
     )
     assert done.stdout.startswith("{"), f"{done.stdout}\n{done.stderr}"
     said = json.loads(done.stdout)

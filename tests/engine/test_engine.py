@@ -111,6 +111,15 @@ def accumulate(world: World, stage: int, accumulation: int) -> dict[str, Tensor]
     return {name: moment / 0.1 for name, moment in group.whole(world, engine, "exp_avg").items()}
 
 
+def clipped_norm(world: World, stage: int, clip: float) -> tuple[float, float]:
+    """(norm of the gradient, norm of what Adam got) in one step."""
+    engine = group.build(world, group.config(stage=stage, train={"grad_clip": clip}))
+    group.backward(engine, 0)
+    norm = engine.step(LR).grad_norm
+    first = group.whole(world, engine, "exp_avg").values()
+    return norm, float(torch.cat([moment.flatten() for moment in first]).norm()) / 0.1
+
+
 # The references
 
 
@@ -413,3 +422,12 @@ def test_what_a_gpu_node_lacks_is_said_where_it_is_needed(monkeypatch: pytest.Mo
     (tmp_path / "mlx5_0").mkdir()
     assert "64 KiB of memory here (ulimit -l)" in str(checks._about_memlock(True))
     assert checks._about_memlock(False) is None
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_clipping_is_to_the_recipes_norm_and_no_other(stage: int) -> None:
+    """DeepSpeed has one of its own by default."""
+    for clip in (0.5, 4.0, 1e9):
+        ((norm, applied),) = group.run_ranks(clipped_norm, 1, stage, clip)
+        assert norm > 4
+        assert applied == pytest.approx(min(norm, clip), rel=1e-5)
