@@ -69,7 +69,7 @@ BRINGS: dict[str, dict[str, str]] = {
         "train": "ray pydantic yaml",
         "supervisor": "ray pydantic yaml",
         "rank": "pydantic yaml",
-        "agreement child standby standby_key standby_server places environment upload": "",
+        "agreement child standby standby_key standby_locks standby_server places environment upload": "",
     },
     "snapshot": {
         "*": "torch numpy pydantic",

@@ -10,7 +10,6 @@ gives the same child without a standby, in as many seconds as the imports take.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import select
@@ -21,18 +20,17 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from ddpm_dist.cluster.child import LINUX, Request
 from ddpm_dist.cluster.standby_key import SET_FOR_IMPORT, key
+from ddpm_dist.cluster.standby_locks import locked, runs
 from ddpm_dist.errors import StandbyError
 
 LENGTH = struct.Struct("!Q")
 MOST_DESCRIPTORS = 32
-RUNNING = ".running"
-"""Behind its name, the file that a standby holds locked from before its imports to its end."""
 IDLE_S = 900.0
 START_S = 120.0
 ANSWER_S = 10.0
@@ -104,7 +102,7 @@ def find(
     environment = os.environ if environment is None else environment
     name = key(preload, environment)
     place = folder / name
-    with _locked(folder, patience_s):
+    with locked(folder, patience_s):
         if not _serves(place, patience_s):
             _launch(folder, name, preload, watch, idle_s, patience_s, environment)
     return Standby(place)
@@ -123,26 +121,11 @@ def _serves(place: Path, patience_s: float) -> bool:
             place.unlink(missing_ok=True)
         except OSError as error:
             raise StandbyError(f"the standby {place} doesn't answer: {error}") from None
-        if not _runs(place):
+        if not runs(place):
             return False
         if time.monotonic() > deadline:
             raise StandbyError(f"the standby {place} has been starting for too long")
         time.sleep(0.05)
-
-
-def _runs(place: Path) -> bool:
-    """Whether a standby of this name holds its lock: it is starting, serving or ending."""
-    try:
-        lock = os.open(f"{place}{RUNNING}", os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(lock)
-    return False
 
 
 def private(folder: Path) -> Path:
@@ -268,25 +251,6 @@ def _connect(place: Path) -> socket.socket:
     finally:
         os.close(folder)
     return connection
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, patience_s: float) -> Iterator[None]:
-    """One starts, the others wait."""
-    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    deadline = time.monotonic() + patience_s
-    try:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise StandbyError(f"{folder}: another process has been starting a standby for too long") from None
-                time.sleep(0.02)
-        yield
-    finally:
-        os.close(lock)
 
 
 def _launch(

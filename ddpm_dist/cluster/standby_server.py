@@ -24,7 +24,8 @@ from dataclasses import dataclass
 
 from ddpm_dist.cluster import child
 from ddpm_dist.cluster.child import Request
-from ddpm_dist.cluster.standby import LENGTH, MOST_DESCRIPTORS, RUNNING, peer_uid
+from ddpm_dist.cluster.standby import LENGTH, MOST_DESCRIPTORS, peer_uid
+from ddpm_dist.cluster.standby_locks import RUNNING
 
 REQUEST_S = 5.0
 """An asker that doesn't finish its request in this time is left."""
