@@ -16,7 +16,7 @@ from ddpm_dist.errors import ConfigError, EvaluationError
 from ddpm_dist.evaluation.order import Order
 from ddpm_dist.recipe import load_config
 from tests.commands.test_sample import launch
-from tests.evaluation.test_evaluation_job import make_set, pictures, publish_snapshot
+from tests.evaluation.tiny import make_set, pictures, publish_snapshot
 from tests.ray_local import ROOT, RayCluster
 from tests.sampling.tiny import SETTINGS, make_snapshot
 
