@@ -93,17 +93,6 @@ def test_threads_do_not_change_the_bytes():
         torch.set_num_threads(before)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_devices_agree():
-    indices = torch.arange(8)
-    for step in (0, 3):
-        assert torch.equal(
-            rng.philox(1, Purpose.EPS, indices.cuda(), 64, step).cpu(), rng.philox(1, Purpose.EPS, indices, 64, step)
-        )
-    cuda = rng.normal(1, Purpose.EPS, indices, SHAPE, device="cuda").cpu()
-    torch.testing.assert_close(cuda, rng.normal(1, Purpose.EPS, indices, SHAPE), rtol=0, atol=1e-6)
-
-
 def test_streams_are_unlike():
     indices = torch.arange(16)
     base = rng.normal(0, Purpose.EPS, indices, SHAPE, step=1)

@@ -19,7 +19,7 @@ def connect_ray() -> None:
     """Joins the cluster of RAY_ADDRESS (a Ray job has it), or starts a Ray on this machine alone.
 
     Raises ClusterError within half a minute if nobody listens there, if it is something else that does, or if it
-    refuses this process.
+    refuses this process; after Ray's own minute if no node of it lives on this machine.
     """
     if ray.is_initialized():
         return
@@ -34,7 +34,8 @@ def connect_ray() -> None:
         if listens:
             raise ClusterError(
                 f"RAY_ADDRESS: the Ray at {address} refuses this process: its token ({_token()}) or its version (here "
-                f"{ray.__version__}) is another; set the same RAY_AUTH_MODE and token on head, nodes and clients"
+                f"{ray.__version__}) is another (set the same RAY_AUTH_MODE and token on head, nodes and clients), or "
+                "no node of it lives on this machine (`ray status` lists them; `ray start --address` joins)"
             ) from None
         raise ClusterError(
             f"RAY_ADDRESS is {address!r}, and no Ray answers there: {error}; start one with `ray start --head`, "

@@ -1,7 +1,7 @@
 """The tests that need a GPU: `pytest -m cuda tests/cuda`, from the folder, with neither Ray nor a bucket.
 
-`--device cpu` rehearses them: the same bodies on the CPU, so that no test runs for the first time on a GPU. What only a
-GPU has (memory of its own, streams, graphs) is left out of a body there.
+`--device cpu` rehearses them: the same bodies on the CPU. What only a GPU has (memory of its own, streams, graphs) is
+left out of a body there, and `make test-full` leaves out the compiled cases, whose C++ takes minutes to build.
 """
 
 import importlib.util
