@@ -211,10 +211,12 @@ class ActorPool:
         try:
             ray.get(reference)
         except RayTaskError as error:
+            ray.kill(member.actor)  # or it lives, with its share of a node, as long as the error's traceback does
             if isinstance(error.cause, DdpmDistError):
                 raise error.cause from None
             raise
         except RayError as error:
+            ray.kill(member.actor)
             self.losses += 1
             log.warning("worker %d did not start: %s", member.number, last_line(error))
             if self.losses > MAX_LOSSES and not self._members:

@@ -71,9 +71,13 @@ def test_ends_when_every_worker_refuses(tmp_path: Path) -> None:
         list(pool.map(range(3)))
 
 
-def test_an_error_of_the_factory_ends_it_at_once() -> None:
-    with ActorPool(broken, (1, 2), CLUSTER) as pool, pytest.raises(SnapshotError, match="there is no snapshot"):
+def test_an_error_of_the_factory_ends_it_at_once_and_its_actors(ray_cluster: RayCluster) -> None:
+    pool = ActorPool(broken, (1, 2), CLUSTER)
+    with pool, pytest.raises(SnapshotError, match="there is no snapshot") as error:
         list(pool.map(range(3)))
+    for process in ray_cluster.workers():
+        process.wait(20)
+    assert error.tb is not None  # the caller still holds what was raised, and with it the pool's frames
 
 
 def test_says_what_it_waits_for() -> None:
