@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS: list[tuple[str, ...]] = [
     ("packages", "lazy", "config", "configs", "recipe", "cli", "errors", "interrupt"),
-    ("storage", "kernels", "rng", "device", "allocator", "temporary", "progress"),
+    ("storage", "kernels", "rng", "device", "allocator", "host_memory", "temporary", "progress"),
     ("data", "diffusion", "models"),
     ("engine", "snapshot"),
     ("state", "cluster"),

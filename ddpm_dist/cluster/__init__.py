@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from ddpm_dist.cluster.connect import connect_ray as connect_ray
     from ddpm_dist.cluster.environment import METRICS_CLOSED as METRICS_CLOSED
     from ddpm_dist.cluster.jobs import submit_beside as submit_beside
+    from ddpm_dist.cluster.memory import Memory as Memory
     from ddpm_dist.cluster.nodes import Nodes as Nodes
     from ddpm_dist.cluster.places import NodePlace as NodePlace, distinct as distinct
     from ddpm_dist.cluster.pool import ActorPool as ActorPool, Done as Done, Failed as Failed
     from ddpm_dist.cluster.rank import (
+        lasting_memory as lasting_memory,
         preemption_announced as preemption_announced,
         restart_parts as restart_parts,
         tell as tell,
@@ -27,10 +29,11 @@ __all__, _asked = lazily(
     connect="connect_ray",
     environment="METRICS_CLOSED",
     jobs="submit_beside",
+    memory="Memory",
     nodes="Nodes",
     places="NodePlace distinct",
     pool="ActorPool Done Failed",
-    rank="preemption_announced restart_parts tell",
+    rank="lasting_memory preemption_announced restart_parts tell",
     train="train_on_ray warm_nodes",
 )
 if not TYPE_CHECKING:

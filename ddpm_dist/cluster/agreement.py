@@ -7,6 +7,7 @@ what the old one was at.
 
 import asyncio
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,9 @@ class _Attempt:
     began: asyncio.Event = field(default_factory=asyncio.Event)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     members: dict[int, Any] = field(default_factory=dict)
+    """rank -> its endpoint."""
+    held: dict[int, set[int]] = field(default_factory=dict)
+    """rank -> steps whose copies it has in memory."""
     finished: dict[int, bool] = field(default_factory=dict)
     """rank -> whether it left because a node is about to go away."""
     reason: str | None = None
@@ -43,11 +47,14 @@ class Agreement:
         self._over_at: float | None = None
         """Unix time at which the newest attempt that is over was."""
 
-    async def join(self, group: str, rank: int, size: int, endpoint: Any) -> dict[str, Any] | None:
-        """Waits for all ranks of the group: {"number", "master": rank 0's endpoint, "pause_s", "failed_at"}.
+    async def join(
+        self, group: str, rank: int, size: int, endpoint: Any, held: Collection[int] = ()
+    ) -> dict[str, Any] | None:
+        """Waits for all ranks of the group: {"number", "master": rank 0's endpoint, "pause_s", "failed_at", "held"}.
 
-        failed_at: Unix time at which the attempt before was over; None for the first. The result is None for a group
-        that Ray has replaced: it is about to be ended.
+        failed_at: Unix time at which the attempt before was over; None for the first. held: steps whose copies a rank
+        has in memory; in the result, the newest that all have, or None. The result is None for a group that Ray has
+        replaced: it is about to be ended.
         """
         if group in self._old:
             return None
@@ -58,7 +65,7 @@ class Agreement:
         attempt = self._attempt
         if attempt.reason is not None:
             attempt = await self._next(attempt.reason)
-        attempt.members[rank] = endpoint
+        attempt.members[rank], attempt.held[rank] = endpoint, set(held)
         if len(attempt.members) == self._size:
             attempt.began.set()
         await attempt.began.wait()
@@ -69,6 +76,7 @@ class Agreement:
             "master": attempt.members[0],
             "pause_s": attempt.pause_s,
             "failed_at": self._over_at,
+            "held": max(set.intersection(*attempt.held.values()), default=None),
         }
 
     async def watch(self, number: int) -> str:

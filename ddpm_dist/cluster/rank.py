@@ -17,12 +17,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ddpm_dist import cli
+from ddpm_dist.cluster.memory import Memory
 from ddpm_dist.errors import DdpmDistError
 
 BEAT_S = 2.0
 """How often a rank says that it lives."""
 FAILED_AT = "DDPM_FAILED_AT"
 """In a rank's environment: Unix time at which the attempt before was over, if there was one."""
+PASSED = "DDPM_PASSED"
+"""... what its descriptors are of, in their order: `words`; `port`, for rank 0; `memory` that outlives it."""
+AGREED = "DDPM_AGREED"
+"""... step whose copy in memory every rank has, if there is one."""
 PARTS = {
     "start": "infrastructure_recovery_from_disruption",
     "group": "group",
@@ -35,6 +40,7 @@ PARTS = {
 `start` ends when the rank's process is there."""
 
 _supervisor: socket.socket | None = None
+_memory: Memory | None = None
 _preempted = False
 _sending = threading.Lock()
 _told: dict[str, float] = {}
@@ -61,12 +67,16 @@ class Told:
 
 
 def run(payload: str, descriptors: list[int]) -> int:
-    """The function of a rank's process. payload: JSON of {"worker": pickle in base64, "arguments"}; descriptors: of the
-    supervisor's socket and, for rank 0, of the port at which the group meets."""
-    global _supervisor
-    _supervisor = socket.socket(fileno=descriptors[0])
-    if len(descriptors) > 1:
-        os.environ["MASTER_LISTEN_FD"] = str(descriptors[1])
+    """The function of a rank's process. payload: JSON of {"worker": pickle in base64, "arguments"}; descriptors: as
+    `PASSED` says."""
+    global _memory, _supervisor
+    passed = dict(zip(os.environ[PASSED].split(), descriptors, strict=True))
+    _supervisor = socket.socket(fileno=passed["words"])
+    if "port" in passed:
+        os.environ["MASTER_LISTEN_FD"] = str(passed["port"])
+    if "memory" in passed:
+        agreed = os.environ[AGREED]
+        _memory = Memory(passed["memory"], int(agreed) if agreed else None)
     threading.Thread(target=_listen, args=(_supervisor,), name="supervisor", daemon=True).start()
     cli.setup_logging()
     tell("start")
@@ -116,6 +126,11 @@ def durations(failed_at: float, marks: Mapping[str, float]) -> dict[str, float]:
             found[part] = max(0.0, marks[part] - before)  # clocks of two nodes may differ
             before = marks[part]
     return found
+
+
+def lasting_memory() -> Memory | None:
+    """Memory that outlives this rank, for copies of its state; None without a supervisor that has it."""
+    return _memory
 
 
 def preemption_announced() -> bool:

@@ -20,7 +20,7 @@ import ray
 from ray.train.v2._internal.execution.context import TrainContext, get_train_context
 
 from ddpm_dist import cli
-from ddpm_dist.cluster import rank as ranks
+from ddpm_dist.cluster import memory as memories, rank as ranks
 from ddpm_dist.cluster.child import Request
 from ddpm_dist.cluster.standby import Child, Standby, find, start_plain
 from ddpm_dist.errors import ClusterError, DdpmDistError, HangError, PreemptedError, StandbyError
@@ -49,22 +49,36 @@ class Order:
     """cluster.hang_seconds."""
     agreement: Any
     """Handle of the actor."""
+    memory: bool
+    """Whether ranks leave copies of their states in memory of their supervisors."""
 
 
 def supervise(order: Order) -> None:
     """One rank, through as many attempts as it takes. Raises what only Ray or the driver can answer."""
     cli.setup_logging()
+    memory = memories.create() if order.memory else None
+    if order.memory and memory is None:
+        log.warning("checkpoint.memory_every_steps: has no effect, as this system has no memory without names (memfd)")
+    try:
+        _attempts(order, memory)
+    finally:
+        if memory is not None:
+            os.close(memory)
+
+
+def _attempts(order: Order, memory: int | None) -> None:
     context = get_train_context()
     group = _id_of(context.execution_context.synchronization_actor)
     here = context.distributed_context
     while True:
         port = _listening() if here.world_rank == 0 else None
         endpoint = (ray.util.get_node_ip_address(), port.getsockname()[1]) if port is not None else None
-        joined = ray.get(order.agreement.join.remote(group, here.world_rank, here.world_size, endpoint))
+        held = [step for step, _ in memories.whole(memory).values()] if memory is not None else []
+        joined = ray.get(order.agreement.join.remote(group, here.world_rank, here.world_size, endpoint, held))
         if joined is None:
             raise RuntimeError("another worker group has taken this one's place")
         time.sleep(joined["pause_s"])
-        rank = _Rank(order, context, joined, port)
+        rank = _Rank(order, context, joined, port, memory)
         try:
             outcome = rank.watch()
         finally:
@@ -98,9 +112,16 @@ class _Bell:
 
 
 class _Rank:
-    """A rank's process in one attempt."""
+    """A rank's process in one attempt. joined: what the agreement said; memory: descriptor of what outlives it."""
 
-    def __init__(self, order: Order, context: TrainContext, joined: dict[str, Any], port: socket.socket | None) -> None:
+    def __init__(
+        self,
+        order: Order,
+        context: TrainContext,
+        joined: dict[str, Any],
+        port: socket.socket | None,
+        memory: int | None,
+    ) -> None:
         self._order, self._context, self._number = order, context, joined["number"]
         self._here = context.distributed_context
         self._failed_at: float | None = joined["failed_at"]
@@ -110,8 +131,13 @@ class _Rank:
         self._heard_at = time.monotonic()
         # The watchdogs of other ranks come first, if there are any: they show where each thread is.
         self._silence_s = order.hang_s * (SILENCE if self._here.world_size > 1 else SILENCE_ALONE)
-        descriptors = [theirs.fileno(), *([port.fileno()] if port is not None else [])]
-        self._child = _start(self._request(*joined["master"]), order, descriptors)
+        passed = {"words": theirs.fileno()}
+        if port is not None:
+            passed["port"] = port.fileno()
+        if memory is not None:
+            passed["memory"] = memory
+        self._child = _start(self._request(joined, list(passed)), order, list(passed.values()))
+        self._process = _process(self._child.pid)
         theirs.close()
         if port is not None:
             port.close()
@@ -146,13 +172,16 @@ class _Rank:
         self.told.hear(self._words.recv(1 << 16))
 
     def close(self) -> None:
-        """Returns when the process is gone: only then its GPU's memory is free."""
+        """Returns when the process is gone: only then its GPU's memory is free, and nobody writes to its copies."""
         self._child.signal(signal.SIGKILL)
         try:
             self._child.wait(30)
         except TimeoutError:
             log.warning("rank %d's process %d doesn't end", self._here.world_rank, self._child.pid)
         self._child.close()
+        if self._process is not None:  # a standby that is gone can't say when its children are, too
+            select.select([self._process], [], [], 30)
+            os.close(self._process)
         self._words.close()
         self._over.close()
 
@@ -182,8 +211,8 @@ class _Rank:
             raise ClusterError(f"the training failed: {final}")
         return "again"
 
-    def _request(self, address: str, port: int) -> Request:
-        here = self._here
+    def _request(self, joined: dict[str, Any], passed: list[str]) -> Request:
+        here, (address, port) = self._here, joined["master"]
         environment = {
             **os.environ,
             **self._order.environment,
@@ -196,6 +225,8 @@ class _Rank:
             "MASTER_PORT": str(port),
             "MASTER_LISTEN_FD": "",
             ranks.FAILED_AT: "" if self._failed_at is None else str(self._failed_at),
+            ranks.PASSED: " ".join(passed),
+            ranks.AGREED: "" if joined["held"] is None else str(joined["held"]),
         }
         title = f"ddpm_dist rank {here.world_rank} of {here.world_size}"
         payload = self._order.payload
@@ -236,6 +267,14 @@ def _standby(environment: dict[str, str], gpus: bool) -> Standby:
     # Of the node, not of the machine, which may have more than one of a cluster's nodes: it ends with its own.
     folder = os.path.join(session, f"standby-{ray.get_runtime_context().get_node_id()[:12]}")
     return find(folder, PRELOAD, raylet, environment=mine)
+
+
+def _process(pid: int) -> int | None:
+    """Descriptor of a process, readable when it has ended; None if it has."""
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, ProcessLookupError):
+        return None
 
 
 def _listening() -> socket.socket:

@@ -109,6 +109,7 @@ def _trainer(
         cfg.cluster.gpus_per_worker > 0,
         cfg.cluster.hang_seconds,
         agreement,
+        cfg.checkpoint.memory_every_steps is not None,
     )
     return _Trainer(
         partial(supervise, order),

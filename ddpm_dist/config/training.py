@@ -57,6 +57,10 @@ class CheckpointConfig(Section):
     """When states and snapshots are saved, and which states are kept."""
 
     every_steps: Free[Positive] = 1000
+    memory_every_steps: Free[Positive | None] = None
+    """Copies in memory that outlives a worker under Ray, so that no more steps are lost when one dies. Two copies, 8
+    bytes a parameter for each of weights, both moments and the averages, over all workers; they are also what a save
+    works from."""
     keep_last: Free[Positive] = 2
     """Newest states that are kept; at least two, so that a damaged one has a predecessor. That of the best evaluated
     snapshot stays as well."""

@@ -9,6 +9,7 @@ import torch
 
 from ddpm_dist import device as devices
 from ddpm_dist.errors import SamplingError
+from ddpm_dist.host_memory import available_bytes
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +47,7 @@ def largest_batch(attempt: Callable[[int], None], bound: int, device: torch.devi
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return devices.free_bytes(device)
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 2**62  # no Linux: the bound decides
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 2**62)
+    return available_bytes()
 
 
 def _used_bytes(device: torch.device) -> int:

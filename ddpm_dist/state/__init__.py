@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from ddpm_dist.state.history import latest_step as latest_step, newest_state as newest_state
     from ddpm_dist.state.parts import awaited as awaited
     from ddpm_dist.state.reader import read_full as read_full, read_manifest as read_manifest, verify as verify
-    from ddpm_dist.state.store import StateStore as StateStore, read_state as read_state
+    from ddpm_dist.state.store import StateStore as StateStore
+    from ddpm_dist.state.trained import read_state as read_state
 
 __all__, _asked = lazily(
     __name__,
@@ -22,7 +23,8 @@ __all__, _asked = lazily(
     history="latest_step newest_state",
     reader="read_full read_manifest verify",
     parts="awaited",
-    store="StateStore read_state",
+    store="StateStore",
+    trained="read_state",
 )
 if not TYPE_CHECKING:
     __getattr__, __dir__ = _asked

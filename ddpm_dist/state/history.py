@@ -31,6 +31,8 @@ class Claim:
     """Unix time of the run's first claim; None in claims of older versions, as is the next."""
     chain: tuple[fmt.StateId, ...] | None = None
     """The last valid state of each attempt whose states were valid, so that no older claim has to be read."""
+    unique: str = ""
+    """What no other claim has."""
 
 
 def read(url: str) -> tuple[dict[int, fmt.StateId | None], list[fmt.StateId]]:
@@ -124,6 +126,7 @@ def read_claim(url: str, attempt: int) -> Claim:
             float(record["time"]),
             None if began is None else float(began),
             None if chain is None else tuple(state for n in chain if (state := fmt.StateId.parse(n))),
+            str(record.get("unique", "")),
         )
     except (ValueError, KeyError, TypeError):
         raise StateError(
@@ -131,13 +134,17 @@ def read_claim(url: str, attempt: int) -> Claim:
         ) from None
 
 
-def claim(url: str, attempt: int, valid: Sequence[fmt.StateId], began: float | None = None) -> Claim:
+def claim(
+    url: str, attempt: int, valid: Sequence[fmt.StateId], began: float | None = None, unique: str | None = None
+) -> Claim:
     """Creates `owner/<attempt>`, which continues the newest of the valid states; ClaimError if somebody else just did.
 
-    began: Unix time of the run's first claim; None: this one. StorageError if the store can't create once.
+    began: Unix time of the run's first claim; None: this one. unique: its own word, if that is to be known before.
+    StorageError if the store can't create once.
     """
     now = time.time()
-    made = Claim(max(valid, default=None), now, now if began is None else began, fmt.last_of_each(valid))
+    began, unique = now if began is None else began, unique or uuid.uuid4().hex
+    made = Claim(max(valid, default=None), now, began, fmt.last_of_each(valid), unique)
     assert made.chain is not None
     record = {
         "attempt": attempt,
@@ -147,7 +154,7 @@ def claim(url: str, attempt: int, valid: Sequence[fmt.StateId], began: float | N
         "host": platform.node(),
         "pid": os.getpid(),
         "time": now,
-        "unique": uuid.uuid4().hex,
+        "unique": unique,
     }
     place = _owner_url(url, attempt)
     if not storage.create(place, json.dumps(record).encode()):

@@ -5,55 +5,44 @@ Contract 3 of ARCHITECTURE.md; `format.py` draws the folder.
 
 import logging
 import time
+import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
-
-import torch
-from torch import Tensor
+from typing import Any, TypeVar
 
 from ddpm_dist import storage
 from ddpm_dist.config import Config
-from ddpm_dist.engine import Piece, World, broadcast_object, gather_objects
+from ddpm_dist.engine import World, broadcast_object, gather_objects
 from ddpm_dist.errors import DamagedStateError, DdpmDistError, NotFoundError, StateError, StorageError
 from ddpm_dist.recipe import dump_config
 from ddpm_dist.state import format as fmt, history, reader
-from ddpm_dist.state.cut import cut_of
-from ddpm_dist.state.writer import StateWriter
+from ddpm_dist.state.copies import Memory
+from ddpm_dist.state.cut import Cut, cut_of
+from ddpm_dist.state.recall import Recall
+from ddpm_dist.state.trained import Averaged, Trained, read_state, shapes_of, tensors_of
+from ddpm_dist.state.writer import Job, StateWriter
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-class Trained(Protocol):
-    """What a state needs of an engine."""
-
-    shapes: dict[str, torch.Size]
-
-    def pieces(self) -> list[Piece]: ...
-    def scalars(self) -> dict[str, Any]: ...
-    def load_scalars(self, scalars: dict[str, Any]) -> None: ...
-    def sync_weights(self) -> None: ...
-    def fingerprint(self) -> dict[str, Any]: ...
-
-
-class Averaged(Protocol):
-    """What a state needs of the moving averages."""
-
-    @property
-    def averages(self) -> Mapping[str, Sequence[Tensor]]: ...
-
-
 class StateStore:
     """The states below `<run.url>/checkpoints`, for one attempt of the run.
 
-    `claim`, `load`, `save` and `finish` are called by all ranks alike. protected: given the steps of all states,
-    those that retention must keep beside the last and the regular ones, such as the best evaluated one.
+    `prepare`, `claim`, `load`, `save`, `keep` and `finish` are called by all ranks alike. protected: given the steps of
+    all states, those that retention must keep beside the last and the regular ones, such as the best evaluated one.
+    memory: outlives this process, so that a state can be gone on from which the store hasn't got.
     """
 
     def __init__(
-        self, cfg: Config, world: World, protected: Callable[[Sequence[int]], Collection[int]] = lambda steps: ()
+        self,
+        cfg: Config,
+        world: World,
+        protected: Callable[[Sequence[int]], Collection[int]] = lambda steps: (),
+        memory: Memory | None = None,
     ) -> None:
         self._cfg, self._world, self._protected = cfg, world, protected
+        self._config = dump_config(cfg)
+        self._recall = Recall(memory, world)
         self.url = storage.join(cfg.run.url, "checkpoints")
         self.attempt = 0
         """Number of this attempt, from 1; 0 before it has claimed the run."""
@@ -71,16 +60,21 @@ class StateStore:
         From here on, what older attempts write is void. ClaimError if another attempt claims at this moment.
         """
 
-        def claim() -> tuple[int, float, list[fmt.StateId]]:
+        def claim() -> tuple[int, float, list[fmt.StateId], bool]:
             claims, valid = history.look(self.url)
+            newest = claims.get(max(claims, default=0))
             attempt = max(claims, default=0) + 1
             began = history.began_at(self.url, claims)
-            claim = history.claim(self.url, attempt, valid, began)
+            recalled = self._recall.counts(newest, valid)
+            claim = self._claim(attempt, valid, began, newest)
             if attempt > 1:
                 history.abort_uploads(self._cfg.run.url)
-            return attempt, claim.time if began is None else began, valid
+            return attempt, claim.time if began is None else began, valid, recalled
 
-        self.attempt, self.began_at, self._valid = self._first_decides(claim)
+        self.attempt, self.began_at, self._valid, recalled = self._first_decides(claim)
+        self._recall.settle(self._writer.copies, recalled)
+        if self._recall.step is not None:
+            return f"the copy of step {self._recall.step} in memory"
         return str(self._valid[0]) if self._valid else None
 
     def check_owner(self) -> None:
@@ -97,16 +91,15 @@ class StateStore:
         A state that is damaged is refused by name, and the valid one before it is claimed and read instead.
         StateError if none is left, or if the state is of another network.
         """
+        if self._recall.step is not None:
+            return self._load_copy(self._recall.step, engine, averages)
         while self._valid:
             newest = self._valid[0]
             manifest, refusal = self._load(storage.join(self.url, str(newest)), engine, averages)
             refusals = [r for r in gather_objects(self._world, refusal) if r is not None]
             if not refusals:
                 assert manifest is not None
-                engine.load_scalars(manifest.scalars)
-                engine.sync_weights()
-                self._announce(manifest, engine)
-                return manifest.meta
+                return self._loaded(manifest.scalars, manifest.meta, engine)
             if not isinstance(refusals[0], DamagedStateError):
                 raise refusals[0]
             log.error("state %s is refused, the one before it is used: %s", newest, refusals[0])
@@ -117,8 +110,15 @@ class StateStore:
         )
 
     def prepare(self, engine: Trained, averages: Averaged) -> None:
-        """Makes room for the copies that `save` takes, in the background, so that the first ones are as quick."""
-        tensors = [tensor for kind in _tensors(engine.pieces(), averages).values() for tensor in kind]
+        """Makes room for the copies that `save` takes, in the background, so that the first ones are as quick.
+
+        To be called before `claim` by who has memory that outlives this process, as that may say what to go on from.
+        """
+        pieces = engine.pieces()
+        kinds = tensors_of(pieces, averages)
+        if self._cfg.checkpoint.memory_every_steps is not None:
+            self._recall.attach(self._writer.copies, pieces, kinds)
+        tensors = [tensor for kind in kinds.values() for tensor in kind]
         if tensors:
             self._writer.prepare(sum(tensor.numel() for tensor in tensors), tensors[0])
 
@@ -132,19 +132,28 @@ class StateStore:
             return
         self._saved = state
         pieces = engine.pieces()
-        tensors = _tensors(pieces, averages)
-        about = {
-            "seed": self._cfg.run.seed,
-            "config": dump_config(self._cfg),
-            "fingerprint": engine.fingerprint(),
-            "attempt": self.attempt,
-            "saved_at": time.time(),
-            **meta,
-        }
-        shapes = {name: list(shape) for name, shape in engine.shapes.items()}
-        owned = [piece.address for piece in pieces]
-        cut = cut_of(self._cfg.zero.stage, self._world.size, shapes) if self._by_rule(shapes) else None
-        self._writer.save(state, tensors, owned, shapes, engine.scalars(), about, cut)
+        owned, shapes = [piece.address for piece in pieces], shapes_of(engine)
+        about, cut = self._about(engine, meta), self._cut(shapes)
+        self._writer.save(state, tensors_of(pieces, averages), owned, shapes, engine.scalars(), about, cut)
+
+    def keep(self, step: int, engine: Trained, averages: Averaged, meta: Mapping[str, Any]) -> None:
+        """As `save`, but into memory that outlives this process (`outlives`), and no further."""
+        tensors = tensors_of(engine.pieces(), averages)
+        self._writer.keep(step, tensors, engine.scalars(), self._about(engine, meta))
+
+    @property
+    def outlives(self) -> bool:
+        """Whether copies stay when this process ends. Known to `prepare`."""
+        return self._writer.copies.outlive
+
+    @property
+    def recalled(self) -> bool:
+        """Whether this attempt goes on from a copy in memory. Known to `claim`."""
+        return self._recall.step is not None
+
+    def room_after(self, copying: bool) -> bool:
+        """Whether `keep` needn't wait: now, or (`copying`) after another copy."""
+        return self._writer.copies.room_after(copying)
 
     def poll(self) -> None:
         """Raises what a save met in the background. An outage of the store is only logged: training goes on."""
@@ -175,24 +184,60 @@ class StateStore:
             return None, error
         return manifest, None
 
-    def _by_rule(self, shapes: Mapping[str, Sequence[int]]) -> bool:
-        """Whether a manifest that lists all pieces could be too long."""
-        return self._world.size * len(shapes) > fmt.PIECES_LISTED
+    def _cut(self, shapes: Mapping[str, Sequence[int]]) -> Cut | None:
+        """What stands for the ranks' pieces, where a manifest that lists them all could be too long."""
+        if self._world.size * len(shapes) <= fmt.PIECES_LISTED:
+            return None
+        return cut_of(self._cfg.zero.stage, self._world.size, shapes)
+
+    def _load_copy(self, step: int, engine: Trained, averages: Averaged) -> dict[str, Any]:
+        """From memory; what the store hasn't got of it, it gets now, as a state of this attempt."""
+        began, pieces = time.perf_counter(), engine.pieces()
+        tensors, shapes = tensors_of(pieces, averages), shapes_of(engine)
+        copy, about = self._recall.take(tensors)
+        if step > max((state.step for state in self._valid), default=0):
+            state = self._saved = fmt.StateId(step, self.attempt)
+            part = fmt.Part([piece.address for piece in pieces], list(tensors), [])
+            meta = {**about.meta, "attempt": self.attempt}
+            self._writer.copies.hold(copy)
+            self._writer.publish(Job(state, copy, part, shapes, about.scalars, meta, self._cut(shapes), began))
+        return self._loaded(about.scalars, about.meta, engine)
+
+    def _claim(
+        self, attempt: int, valid: Sequence[fmt.StateId], began: float | None, newest: history.Claim | None = None
+    ) -> history.Claim:
+        unique = uuid.uuid4().hex
+        self._recall.note_claim(newest, unique)
+        return history.claim(self.url, attempt, valid, began, unique)
 
     def _claim_older(self) -> None:
         """Claims the run again, with the state before the newest valid one."""
         older = self._valid[1:]
         if older:
             self.attempt += 1  # before the claim is there: whoever asks for the owner meanwhile isn't to see a stranger
-            self._first_decides(lambda: history.claim(self.url, self.attempt, older, self.began_at))
+            self._first_decides(lambda: self._claim(self.attempt, older, self.began_at))
         self._valid = older
 
-    def _announce(self, manifest: fmt.Manifest, engine: Trained) -> None:
-        """Says in what this attempt differs from the one that wrote the state: then bits may, too."""
-        then, now = manifest.meta["fingerprint"], engine.fingerprint()
+    def _loaded(self, scalars: dict[str, Any], meta: dict[str, Any], engine: Trained) -> dict[str, Any]:
+        """The rest, when the tensors are filled; says in what this attempt differs from the one that saved: then bits
+        may, too."""
+        engine.load_scalars(scalars)
+        engine.sync_weights()
+        then, now = meta["fingerprint"], engine.fingerprint()
         changes = [f"{key}: {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key]]
         if changes and self._world.is_first:
             log.info("not bit for bit what the attempt before would have computed: %s", ", ".join(changes))
+        return meta
+
+    def _about(self, engine: Trained, meta: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "seed": self._cfg.run.seed,
+            "config": self._config,
+            "fingerprint": engine.fingerprint(),
+            "attempt": self.attempt,
+            "saved_at": time.time(),
+            **meta,
+        }
 
     def _published(self, state: fmt.StateId) -> None:
         """Retention, on rank 0's background thread."""
@@ -220,28 +265,3 @@ class StateStore:
         if isinstance(result, DdpmDistError):
             raise result
         return result
-
-
-def _tensors(pieces: Sequence[Piece], averages: Averaged) -> dict[str, Sequence[Tensor]]:
-    """All that a state holds of this rank: kind -> 1-D tensors aligned with the pieces."""
-    return {
-        fmt.WEIGHTS: [piece.weights for piece in pieces],
-        "exp_avg": [piece.exp_avg for piece in pieces],
-        "exp_avg_sq": [piece.exp_avg_sq for piece in pieces],
-        **averages.averages,
-    }
-
-
-def read_state(url: str, manifest: fmt.Manifest, engine: Trained, averages: Averaged) -> int:
-    """Fills this rank's pieces and averages from the state at a URL, whose manifest this is; bytes read.
-
-    Raises DamagedStateError, or StateError if it is of another network.
-    """
-    targets = []
-    for i, piece in enumerate(engine.pieces()):
-        tensors = {fmt.WEIGHTS: piece.weights, "exp_avg": piece.exp_avg, "exp_avg_sq": piece.exp_avg_sq}
-        tensors |= {label: average[i] for label, average in averages.averages.items()}
-        targets += [reader.Target(kind, piece.name, piece.offset, tensor) for kind, tensor in tensors.items()]
-    kinds = [fmt.WEIGHTS, "exp_avg", "exp_avg_sq", *averages.averages]
-    reader.check_fits(manifest, engine.shapes, kinds, storage.redact(url))
-    return reader.read_into(url, manifest, targets)

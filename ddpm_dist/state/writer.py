@@ -20,6 +20,7 @@ from ddpm_dist import storage
 from ddpm_dist.engine import Address, bytes_of
 from ddpm_dist.errors import ShortReadError, UnreachableError
 from ddpm_dist.state import format as fmt, parts
+from ddpm_dist.state.copies import Copies, Copy, Description
 from ddpm_dist.state.cut import Cut
 from ddpm_dist.state.parts import PATIENCE_S, give_way, in_parallel
 
@@ -29,13 +30,16 @@ UPLOADS = 4
 """Files of a rank in flight at once."""
 
 
+def _nothing() -> None:
+    """The end of a copy that is over already."""
+
+
 @dataclass
 class Job:
     """A state on its way: what rank 0 must know beside the bytes is in `manifest`."""
 
     id: fmt.StateId
-    buffer: Tensor | None
-    copied: Callable[[], None]
+    copy: Copy
     part: fmt.Part
     shapes: dict[str, list[int]]
     scalars: dict[str, Any]
@@ -43,10 +47,13 @@ class Job:
     cut: Cut | None
     """The rule by which the ranks' pieces follow, if it may stand for them."""
     began: float
+    copied: Callable[[], None] = _nothing
+    """Waits for the end of the copy."""
+    released: bool = False
 
 
 class StateWriter:
-    """Two host buffers and one background thread on each rank.
+    """Two host copies and one background thread on each rank.
 
     published: called on rank 0's background thread after each manifest. may_publish: called there before it,
     raises if the run has another owner by now.
@@ -62,10 +69,8 @@ class StateWriter:
     ) -> None:
         self._folder, self._rank, self._size = folder_url, rank, size
         self._published, self._may_publish = published, may_publish
+        self.copies = Copies()
         self._jobs: queue.Queue[Job] = queue.Queue()
-        self._free: queue.Queue[Tensor | None] = queue.Queue()
-        for _ in range(2):
-            self._free.put(None)  # made by `prepare`, or at first use
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
         self.last_seconds = 0.0
@@ -74,12 +79,11 @@ class StateWriter:
         """States that could not be written because the store didn't answer; the training went on."""
 
     def prepare(self, numel: int, like: Tensor) -> None:
-        """Makes the host buffers, for so many elements, in the background: the pages of a new buffer are slow."""
+        """Makes room for the copies, of so many elements, in the background: the first touch of their pages is slow."""
 
         def make() -> None:
             give_way()
-            for _ in range(2):
-                self._free.put(_fit(self._free.get(), numel, like).zero_())
+            self.copies.touch(numel, like)
 
         threading.Thread(target=make, name="state-buffers", daemon=True).start()
 
@@ -95,19 +99,29 @@ class StateWriter:
     ) -> None:
         """Copies the tensors (kind -> 1-D float32, aligned with `pieces`) and returns; the rest is background.
 
-        Waits only if two earlier states are still on their way. Raises what the background met before. cut: may say
-        in the place of lists of pieces what the ranks own, where it says it right.
+        Waits only if earlier states are still on their way. Raises what the background met before. cut: may say in the
+        place of lists of pieces what the ranks own, where it says it right.
         """
         self.poll()
         began = time.perf_counter()
-        numel = sum(numel for _, _, numel in pieces) * len(tensors)
-        buffer = self._take_buffer(numel, next(iter(tensors.values())))
-        copied = _copy_to_host(buffer, tensors)
+        copy, copied = self._copy(id.step, tensors, scalars, meta)
         part = fmt.Part(pieces, list(tensors), [])
+        self.publish(Job(id, copy, part, shapes, scalars, meta, cut, began, copied))
+
+    def keep(
+        self, step: int, tensors: dict[str, Sequence[Tensor]], scalars: dict[str, Any], meta: dict[str, Any]
+    ) -> None:
+        """Copies the tensors into memory that outlives this process, and no further."""
+        self.poll()
+        copy, _ = self._copy(step, tensors, scalars, meta)
+        self.copies.release(copy)
+
+    def publish(self, job: Job) -> None:
+        """Writes a copy to the store, in the background, and releases it."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="state-writer", daemon=True)
             self._thread.start()
-        self._jobs.put(Job(id, buffer, copied, part, shapes, scalars, meta, cut, began))
+        self._jobs.put(job)
 
     def poll(self) -> None:
         """Raises what a save in the background met, unless it was an outage of the store (`failed` counts those)."""
@@ -122,10 +136,27 @@ class StateWriter:
         if self.failed > failed:
             raise UnreachableError(f"{storage.redact(self._folder)}: the last state could not be written; see the log")
 
-    def _take_buffer(self, numel: int, like: Sequence[Tensor]) -> Tensor:
-        if self._free.empty():
-            log.warning("two states are still being written; the training waits for the store")
-        return _fit(self._free.get(), numel, like[0] if like else torch.empty(0))
+    def _copy(
+        self, step: int, tensors: dict[str, Sequence[Tensor]], scalars: dict[str, Any], meta: dict[str, Any]
+    ) -> tuple[Copy, Callable[[], None]]:
+        """(copy, what waits for its end). Where it outlives this process it is whole then, whoever waits."""
+        flat = [tensor for kind in tensors.values() for tensor in kind]
+        copy = self.copies.take(sum(tensor.numel() for tensor in flat), flat[0] if flat else torch.empty(0))
+        assert copy.tensor is not None
+        copied = _copy_to_host(copy.tensor, flat)
+        if self.copies.outlive:
+            text = Description(self.copies.layout, scalars, meta).encode()
+            if copied is None:
+                self.copies.commit(copy, step, text)
+            else:
+                self.copies.hold(copy)
+                threading.Thread(target=self._commit, args=(copied, copy, step, text), daemon=True).start()
+        return copy, copied or _nothing
+
+    def _commit(self, copied: Callable[[], None], copy: Copy, step: int, text: bytes) -> None:
+        copied()
+        self.copies.commit(copy, step, text)
+        self.copies.release(copy)
 
     def _work(self) -> None:
         give_way()
@@ -144,15 +175,15 @@ class StateWriter:
                 self._jobs.task_done()
 
     def _release(self, job: Job) -> None:
-        if job.buffer is not None:
-            self._free.put(job.buffer)
-            job.buffer = None
+        if not job.released:
+            job.released = True
+            self.copies.release(job.copy)
 
     def _write(self, job: Job) -> None:
-        assert job.buffer is not None
+        assert job.copy.tensor is not None
         job.copied()
         url = storage.join(self._folder, str(job.id))
-        data = bytes_of(job.buffer)
+        data = bytes_of(job.copy.tensor)
         starts = range(0, len(data), fmt.FILE_BYTES)
         files = in_parallel(
             lambda start: self._upload(url, data[start : start + fmt.FILE_BYTES], start), starts, UPLOADS
@@ -176,25 +207,15 @@ class StateWriter:
         return fmt.File(name, len(content), hashlib.sha256(content).hexdigest(), crc32)
 
 
-def _fit(buffer: Tensor | None, numel: int, like: Tensor) -> Tensor:
-    """A host buffer for so many elements, pinned if they come from a GPU; the one that is there, if it fits."""
-    if buffer is None or buffer.numel() != numel:
-        buffer = torch.empty(numel, dtype=torch.float32, pin_memory=like.is_cuda)
-    return buffer
-
-
 @torch.no_grad()
-def _copy_to_host(buffer: Tensor, tensors: dict[str, Sequence[Tensor]]) -> Callable[[], None]:
-    """Starts the copy, in order with the work on the device; the result waits for its end (the writer calls it)."""
+def _copy_to_host(buffer: Tensor, tensors: Sequence[Tensor]) -> Callable[[], None] | None:
+    """Starts the copy, in order with the work on the device; the result waits for its end, None: it is over."""
     start = 0
-    on_cuda = False
-    for kind in tensors.values():
-        for tensor in kind:
-            buffer[start : start + tensor.numel()].copy_(tensor, non_blocking=True)
-            start += tensor.numel()
-            on_cuda = on_cuda or tensor.is_cuda
-    if not on_cuda:
-        return lambda: None
+    for tensor in tensors:
+        buffer[start : start + tensor.numel()].copy_(tensor, non_blocking=True)
+        start += tensor.numel()
+    if not any(tensor.is_cuda for tensor in tensors):
+        return None
     done = torch.cuda.Event()
     done.record()
     return done.synchronize

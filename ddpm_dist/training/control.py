@@ -13,7 +13,7 @@ from torch import Tensor
 from ddpm_dist.diffusion import QUARTILES, quartile_means
 from ddpm_dist.engine import World
 
-HEAD = 5
+HEAD = 6
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Shared:
     """Some rank was asked to save and leave."""
     preempted: bool
     """Some rank's node is about to be taken away: save, and leave it to another attempt without that node."""
+    full: bool
+    """Some rank has no room for another copy in memory."""
 
 
 class Control:
@@ -43,12 +45,14 @@ class Control:
         self._work: dist.Work | None = None
         self._arrived: torch.cuda.Event | None = None
 
-    def tell(self, loss: Tensor, quarter: Tensor, bad_samples: int, stop: bool, preempted: bool) -> None:
+    def tell(
+        self, loss: Tensor, quarter: Tensor, bad_samples: int, stop: bool, preempted: bool, full: bool = False
+    ) -> None:
         """Starts the reduction of this step. loss: [B/W] on the world's device. quarter: [B/W] int64 in host memory, in
         which of the draws' times each lies."""
         loss = loss.detach().double()
         sums, counts = quartile_means(quarter.to(loss.device, non_blocking=True), loss)
-        head = torch.tensor([loss.numel(), bad_samples, stop, preempted], dtype=torch.float64)
+        head = torch.tensor([loss.numel(), bad_samples, stop, preempted, full], dtype=torch.float64)
         values = torch.cat((loss.sum().view(1), head.to(loss.device, non_blocking=True), sums, counts))
         if self._world.size > 1:
             self._work = dist.all_reduce(values, async_op=True)
@@ -72,6 +76,6 @@ class Control:
         elif self._work is not None:
             self._work.wait()
         values, self._values, self._work = self._values.tolist(), None, None
-        loss_sum, images, bad, stop, preempted = values[:HEAD]
+        loss_sum, images, bad, stop, preempted, full = values[:HEAD]
         sums, counts = values[HEAD : HEAD + QUARTILES], values[HEAD + QUARTILES :]
-        return Shared(loss_sum, images, sums, counts, bad, stop > 0, preempted > 0)
+        return Shared(loss_sum, images, sums, counts, bad, stop > 0, preempted > 0, full > 0)

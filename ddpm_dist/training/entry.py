@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ddpm_dist import cli, device as devices
-from ddpm_dist.cluster import tell
+from ddpm_dist.cluster import lasting_memory, tell
 from ddpm_dist.config import Config
 from ddpm_dist.data import Loader
 from ddpm_dist.engine import World, broadcast_object, init_world
@@ -47,7 +47,7 @@ def ray_worker(arguments: dict[str, Any], token: str, preempted: Callable[[], bo
     cfg = parse_config(arguments["config"])
     world = init_world(cfg.cluster)
     tell("group")
-    _train(Training(cfg, world, token, preempted))
+    _train(Training(cfg, world, token, preempted, lasting_memory()))
 
 
 def deepspeed_worker(cfg: Config) -> World:
@@ -66,6 +66,10 @@ def deepspeed_worker(cfg: Config) -> World:
     if error is not None:
         raise error
     if not done and not failed:
+        if cfg.checkpoint.memory_every_steps is not None and world.is_first:
+            log.warning(
+                "checkpoint.memory_every_steps: has no effect without Ray, where supervisors outlive their workers"
+            )
         training = Training(cfg, world, token)
         signal.signal(signal.SIGTERM, lambda *_: training.ask_to_stop())
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

@@ -11,6 +11,24 @@ BACKWARD = 2
 """A backward pass computes two products (of inputs and of weights) for each one of the forward pass."""
 
 
+class Utilisation:
+    """Model FLOPs per second and rank, as a share of logging.peak_tflops; nothing where that isn't given."""
+
+    def __init__(self, cfg: Config, ranks: int) -> None:
+        self._cfg, self._ranks = cfg, ranks
+        self._per_image: float | None = None
+
+    def scalars(self, images_per_second: float) -> dict[str, float]:
+        """Of all ranks together."""
+        peak = self._cfg.logging.peak_tflops
+        if peak is None:
+            return {}
+        if self._per_image is None:
+            self._per_image = training_flops_per_image(self._cfg)
+        tflops = self._per_image * images_per_second / self._ranks / 1e12
+        return {"speed/model_tflops_per_rank": tflops, "speed/model_flops_utilisation": tflops / peak}
+
+
 def training_flops_per_image(cfg: Config) -> float:
     """FLOPs (a multiply-add counts as 2) of forward and backward for one image, without recomputation.
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ddpm_dist import snapshot, storage
-from ddpm_dist.cluster import restart_parts, tell
+from ddpm_dist.cluster import Memory, restart_parts, tell
 from ddpm_dist.config import Config
 from ddpm_dist.data import Batch, Loader
 from ddpm_dist.diffusion import QUARTILES, LossHistory, bins_of
@@ -26,10 +26,11 @@ from ddpm_dist.state import StateStore
 from ddpm_dist.training import run_folder
 from ddpm_dist.training.branch import init_from
 from ddpm_dist.training.control import Control
+from ddpm_dist.training.copies import CopySteps
 from ddpm_dist.training.ema import Ema
 from ddpm_dist.training.events import EventLog
 from ddpm_dist.training.failures import SkippedSteps
-from ddpm_dist.training.flops import training_flops_per_image
+from ddpm_dist.training.flops import Utilisation
 from ddpm_dist.training.metrics import Goodput, PhaseClock, Window, memory_gib
 from ddpm_dist.training.optim import lr_at
 from ddpm_dist.training.publish import SnapshotPublisher
@@ -43,8 +44,15 @@ log = logging.getLogger(__name__)
 class Training:
     """One attempt of one rank: everything that lives as long as its process."""
 
-    def __init__(self, cfg: Config, world: World, token: str, preempted: Callable[[], bool] = lambda: False) -> None:
-        """token: names the job. preempted: whether this rank's node was announced to go away."""
+    def __init__(
+        self,
+        cfg: Config,
+        world: World,
+        token: str,
+        preempted: Callable[[], bool] = lambda: False,
+        memory: Memory | None = None,
+    ) -> None:
+        """token: names the job. preempted: whether this rank's node was announced to go away. memory: outlives it."""
         self.cfg, self.world = cfg, world
         self._preempted = preempted
         self._asked_to_stop = False
@@ -55,7 +63,7 @@ class Training:
             log.warning("%s", advice)
         self.watchdog = Watchdog(cfg.cluster.hang_seconds)
         last_sign = run_folder.last_sign_of_life(cfg.run.url) if world.is_first else None  # the account is rank 0's
-        self.store = StateStore(cfg, world, partial(run_folder.steps_to_keep, cfg))
+        self.store = StateStore(cfg, world, partial(run_folder.steps_to_keep, cfg), memory)
         owner = self.store.check_owner  # asked before all that is published: a void attempt leaves the folder alone
         self.lease = run_folder.Lease(cfg.run.url, token, owner) if world.rank == 0 else None
         network, self.diffusion = snapshot.build(cfg)
@@ -69,15 +77,16 @@ class Training:
         self.control = Control(world)
         self.skipped = SkippedSteps(cfg, world, owner)
         self.window = Window(0)
+        self.store.prepare(self.engine, self.ema)
+        self.copies = CopySteps(cfg, self.store)
         self.step = self._resume(last_sign)
         """Optimizer steps done."""
-        self.store.prepare(self.engine, self.ema)
         tell("state")
         self.events = EventLog(cfg.run.url, self.store.attempt, self.step) if world.rank == 0 else None
         self.progress = StepProgress(self.step, cfg.train.steps, cfg.train.global_batch) if world.rank == 0 else None
         self.publisher = SnapshotPublisher(cfg, world, self.diffusion, self.events, owner)
         self.clock = PhaseClock(on_cuda=world.device.type == "cuda")
-        self._flops_per_image: float | None = None
+        self._utilisation = Utilisation(cfg, world.size)
         self.trace = StepTrace(cfg, world, owner)
 
     def ask_to_stop(self) -> None:
@@ -153,9 +162,9 @@ class Training:
         step = int(meta["step"])
         self.window = Window(step, meta.get("bad_samples", 0))
         log.info(
-            "continuing at step %d (%s images, epoch %d) as attempt %d; the state was read in %.1f s",
+            "continuing at step %d (%s images, epoch %d) as attempt %d; the state was read in %.1f s%s",
             step, f"{step * self.cfg.train.global_batch:,}", self.loader.epoch(step), self.store.attempt,
-            time.perf_counter() - start,
+            time.perf_counter() - start, " from memory" if self.store.recalled else "",
         )  # fmt: skip
         return step
 
@@ -180,7 +189,9 @@ class Training:
         stop = self._asked_to_stop or (self.lease is not None and self.lease.stop_requested)
         bad = sum(batch.bad.values())
         quarter = bins_of(self.diffusion, self.cfg.diffusion, result.t, QUARTILES)
-        self.control.tell(result.loss, quarter, bad, stop, self._preempted())
+        saving = self._save_due(self.step + 1) or (heard is not None and (heard.stop or heard.preempted))
+        full = self.copies.plan(self.step + 1, saving, heard is not None and heard.full)
+        self.control.tell(result.loss, quarter, bad, stop, self._preempted(), full)
         if self.lease is not None:
             self.lease.step = self.step
         if heard is None:
@@ -200,16 +211,21 @@ class Training:
 
     def _publish(self, save_now: bool) -> None:
         """Snapshot and state, where they are due; a state in any case if `save_now`."""
-        cfg, step = self.cfg, self.step
+        step = self.step
         if self.lease is not None:
             self.lease.poll()
-        last = step == cfg.train.steps
         if self._snapshot_due():
             with self.clock.phase("snapshot"):
                 self.publisher.publish(self.ema, self.engine, step)
-        if step % cfg.checkpoint.every_steps == 0 or last or save_now:
+        if self._save_due(step) or save_now:
             with self.clock.phase("checkpoint"):
                 self.store.save(step, self.engine, self.ema, self._meta())
+        elif self.copies.now:
+            with self.clock.phase("checkpoint"):
+                self.store.keep(step, self.engine, self.ema, self._meta())
+
+    def _save_due(self, step: int) -> bool:
+        return step % self.cfg.checkpoint.every_steps == 0 or step == self.cfg.train.steps
 
     def _meta(self) -> dict[str, Any]:
         """What the state holds beside tensors; never a generator's state (contract 2)."""
@@ -252,24 +268,15 @@ class Training:
                 "checkpoint/background_seconds": self.store.last_save_seconds,
                 "checkpoint/stall_seconds": phases["checkpoint"],
                 "checkpoint/failed_saves": self.store.failed_saves,
+                "checkpoint/skipped_copies": self.copies.skipped,
                 "progress/images_seen": self.step * self.cfg.train.global_batch,
                 "progress/epoch": self.loader.epoch(self.step),
                 **memory_gib(self.world.device),
-                **self._arithmetic(images_per_second),
+                **self._utilisation.scalars(images_per_second),
             },
             self.step,
         )
         self.progress.show(self.step, means.get("loss/mean"), images_per_second, phases["data"] / seconds)
-
-    def _arithmetic(self, images_per_second: float) -> dict[str, float]:
-        """Model FLOPs per second and rank, as a share of logging.peak_tflops."""
-        peak = self.cfg.logging.peak_tflops
-        if peak is None:
-            return {}
-        if self._flops_per_image is None:
-            self._flops_per_image = training_flops_per_image(self.cfg)
-        tflops = self._flops_per_image * images_per_second / self.world.size / 1e12
-        return {"speed/model_tflops_per_rank": tflops, "speed/model_flops_utilisation": tflops / peak}
 
     def _summary(self) -> dict[str, Any]:
         """What run.url/summary.json says about the run as a whole."""

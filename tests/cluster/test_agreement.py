@@ -31,7 +31,7 @@ def test_an_attempt_begins_when_all_are_there_and_ends_when_all_have_finished() 
     async def run() -> None:
         agreement = Agreement(10)
         first = await pending(agreement.join("a", 1, 2, None))
-        joined = {"number": 1, "master": "port", "pause_s": 0.0, "failed_at": None}
+        joined = {"number": 1, "master": "port", "pause_s": 0.0, "failed_at": None, "held": None}
         assert await agreement.join("a", 0, 2, "port") == joined
         assert await first == joined
         early = await pending(agreement.finished(1, 1, False))
@@ -74,6 +74,17 @@ def test_a_restart_counts_from_the_end_of_the_attempt_before() -> None:
         assert await lonely is None
         await agreement.ray_failed()
         assert (await begin(agreement, "c"))["failed_at"] > after
+
+    asyncio.run(run())
+
+
+def test_the_newest_copy_that_all_hold_is_agreed_on() -> None:
+    async def run() -> None:
+        agreement = Agreement(-1)
+        for held, newest in (([[5, 10], [10, 15]], 10), ([[5], []], None), ([[5, 10], [10, 5]], 10)):
+            joined = await together(*(agreement.join("a", rank, 2, rank, steps) for rank, steps in enumerate(held)))
+            assert [one["held"] for one in joined] == [newest, newest]
+            await agreement.failed(joined[0]["number"], 0, "SIGKILL", True)
 
     asyncio.run(run())
 

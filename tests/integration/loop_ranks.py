@@ -19,15 +19,20 @@ from typing import Any
 import torch
 
 from ddpm_dist import cli, storage
+from ddpm_dist.cluster import rank
+from ddpm_dist.cluster.memory import Memory
 from ddpm_dist.config import Config
 from ddpm_dist.data.loader import Batch
 from ddpm_dist.engine.engine import Engine
 from ddpm_dist.engine.world import World
-from ddpm_dist.recipe import load_config
-from ddpm_dist.state import format as fmt, history
+from ddpm_dist.recipe import dump_config, load_config
+from ddpm_dist.state import format as fmt, history, writer
+from ddpm_dist.state.copies import Copies
 from ddpm_dist.state.reader import Target, read_into, read_manifest
+from ddpm_dist.state.writer import StateWriter
 from ddpm_dist.storage import multipart, objects, once
-from ddpm_dist.training.entry import deepspeed_worker
+from ddpm_dist.training import run_folder
+from ddpm_dist.training.entry import deepspeed_worker, ray_worker
 from ddpm_dist.training.failures import SkippedSteps
 from ddpm_dist.training.step import StepResult
 from tests.engine import worker_group as group
@@ -57,6 +62,12 @@ class Faults:
     """Steps in which the last rank's loss isn't a number."""
     record: str | None = None
     """Folder in which each rank leaves its log, and a line for each step and each change of `checkpoints/`."""
+    die_in_copy: tuple[int, int, str] | None = None
+    """(rank, step, where): SIGKILL in the first copy from that step on: "half" made, "whole", or "committed", too."""
+    memory: tuple[str, ...] = ()
+    """Paths of what outlives each rank; then it runs as under a supervisor."""
+    agreed: int | None = None
+    """Step of the copy there that all ranks have."""
     small_parts: bool = False
     """States are cut into files of 6 MiB, and these into upload parts of 5 MiB, the least that S3 allows."""
 
@@ -128,13 +139,19 @@ def steps_of(record: Path) -> dict[int, dict[str, Any]]:
 def _rank(world: World, cfg: Config, faults: Faults) -> None:
     cli.setup_logging()
     install(world, cfg.run.url, faults)
-    deepspeed_worker(cfg)
+    if faults.memory:
+        rank._memory = Memory(os.open(faults.memory[world.rank], os.O_RDWR), faults.agreed)
+        ray_worker({"config": dump_config(cfg)}, run_folder.new_token(), lambda: False)
+    else:
+        deepspeed_worker(cfg)
 
 
 def install(world: World, run_url: str, faults: Faults) -> None:
     """Puts the faults in place, in this process, for good."""
     if faults.die is not None and faults.die[0] == world.rank:
         _die_in_backward(*faults.die[1:], run_url, faults.die_after_state or 0)
+    if faults.die_in_copy is not None and faults.die_in_copy[0] == world.rank:
+        _die_in_copy(*faults.die_in_copy[1:])
     if faults.nan_at and world.rank == world.size - 1:
         _spoil(faults.nan_at)
     if faults.record is not None:
@@ -160,6 +177,29 @@ def _die_in_backward(step: int, number: int, run_url: str, after_state: int) -> 
         backward(self, loss)
 
     Engine.backward = dying  # type: ignore[method-assign]
+
+
+def _die_in_copy(step: int, where: str) -> None:
+    copy, to_host, commit = StateWriter._copy, writer._copy_to_host, Copies.commit
+    here = [False]
+
+    def marked(self: StateWriter, of_step: int, *arguments: Any) -> Any:
+        here[0] = of_step >= step
+        return copy(self, of_step, *arguments)
+
+    def half(buffer: torch.Tensor, tensors: Sequence[torch.Tensor]) -> Any:
+        if here[0] and where == "half":
+            to_host(buffer, tensors[: len(tensors) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return to_host(buffer, tensors)
+
+    def committed(self: Copies, *arguments: Any) -> None:
+        if not here[0] or where == "committed":
+            commit(self, *arguments)
+        if here[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    StateWriter._copy, writer._copy_to_host, Copies.commit = marked, half, committed  # type: ignore[method-assign]
 
 
 def _spoil(steps: Sequence[int]) -> None:

@@ -1,7 +1,9 @@
 """What launch/train.py does, with workers that record their steps: `recorded_job.py FOLDER key=value …`."""
 
+import json
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ddpm_dist import cli
@@ -17,8 +19,19 @@ from tests.integration import loop_ranks
 def recorded(arguments: dict[str, Any], token: str, folder: str) -> None:
     """A rank under Ray."""
     cfg = parse_config(arguments["config"])
-    loop_ranks.install(init_world(cfg.cluster), cfg.run.url, loop_ranks.Faults(record=folder))
+    death = _death(Path(folder))
+    loop_ranks.install(init_world(cfg.cluster), cfg.run.url, loop_ranks.Faults(record=folder, die_in_copy=death))
     ray_worker(arguments, token, preemption_announced)
+
+
+def _death(folder: Path) -> tuple[int, int, str] | None:
+    """How this attempt ends in its first copy, by deaths.json: {attempt that made a step, from 0: [rank, where]}."""
+    plan = folder / "deaths.json"
+    if not plan.exists():
+        return None
+    attempt = max([int(path.stem.split("-")[1]) for path in folder.glob("steps-*")], default=0)
+    rank, where = json.loads(plan.read_text()).get(str(attempt), (None, ""))
+    return None if rank is None else (rank, 0, where)
 
 
 def main(argv: object) -> None:

@@ -1,5 +1,6 @@
 """Who dies and who notices, under Ray: ranks, supervisors and standbys as victims. The bytes are the unbroken run's."""
 
+import json
 import random
 import re
 import time
@@ -67,6 +68,48 @@ def test_a_killed_rank_and_a_killed_standby_cost_an_attempt_each_and_no_bit(
     )
     assert len(parts) == 2, text[-6000:]
     check_bits(run_url, data_url, f"{bucket_url}/unbroken", 2)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("ranks", [2, 1])
+def test_copies_in_memory_bound_the_steps_that_a_death_costs(
+    ranks: int, cluster: RayCluster, data_url: str, bucket_url: str, tmp_path: Path
+) -> None:
+    """Killed anywhere, in the middle of a copy, and before and after its mark. What a lost supervisor held is lost."""
+    every, run_url = 4, f"{bucket_url}/run"
+    deaths = {"1": [ranks - 1, "half"], "2": [0, "whole"], "3": [ranks - 1, "committed"]}
+    (tmp_path / "deaths.json").write_text(json.dumps(deaths))
+    job = Job(cluster, tmp_path, f"run.url={run_url}", f"data.url={data_url}", f"cluster.workers={ranks}",
+              "train.steps=1000000", "checkpoint.every_steps=1000000", f"checkpoint.memory_every_steps={every}",
+              "cluster.max_failures=-1")  # fmt: skip
+    try:
+        for attempt, victim in ((0, RANK), (4, RANK), (5, SUPERVISOR)):
+            job.wait_until(lambda attempt=attempt: len(done(tmp_path).get(attempt, ())) > every)
+            if victim == SUPERVISOR:
+                job.wait_until(lambda: latest_step(run_url) == min(done(tmp_path)[5]))
+            cluster.workers(victim)[0].kill()
+        job.wait_until(lambda: bool(done(tmp_path).get(6)))
+        text = stop(run_url, job)
+    finally:
+        ended(job)
+    steps = done(tmp_path)
+    lost = [max(steps[attempt]) + 1 - min(steps[attempt + 1]) for attempt in range(5)]
+    assert all(0 <= one <= every for one in lost), lost
+    assert len(re.findall(r"the state was read in \d+\.\d s from memory", text)) == 5, text[-6000:]
+    assert min(steps[6]) == min(steps[5]), "the newest in the store is what the attempt before had begun with"
+    check_bits(run_url, data_url, f"{bucket_url}/unbroken", ranks)
+
+
+def done(folder: Path) -> dict[int, set[int]]:
+    """Attempt that made a step, from 0 -> the steps it made."""
+    found: dict[int, set[int]] = {}
+    for path in folder.glob("steps-*"):
+        for line in path.read_text().splitlines():
+            if line.endswith("}"):  # a kill may have cut off the last one
+                entry = json.loads(line)
+                found.setdefault(entry["attempt"], set()).add(entry["step"])
+    return found
 
 
 @pytest.mark.full

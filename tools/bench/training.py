@@ -10,6 +10,8 @@ diffusers  the same beside diffusers' unconditional example, with accelerate and
 save       the step in which a checkpoint starts, over the median step (target: at most 1.10), beside the same with
            DeepSpeed's save_checkpoint and an upload of what it wrote
 ema        an average's share of a step. Target: at most 0.01
+copies     a step with copies in memory that outlives the worker, each 10 steps and each one, over one without. Target:
+           1.02
 memory     bytes of a rank's tensors by ZeRO stage, over the formula
 resume     seconds to claim and read a state, by its size
 follow     images/s of the system while a follower evaluates its snapshots on the servers' core, over those without one.
@@ -46,6 +48,7 @@ from ddpm_dist.config import Config  # noqa: E402
 from ddpm_dist.data import decode  # noqa: E402
 from ddpm_dist.data.writer import EncodedSample, write_index, write_shard  # noqa: E402
 from ddpm_dist.recipe import load_config  # noqa: E402
+from tools.bench.training_copies import bench_copies  # noqa: E402
 from tools.bench.training_follow import bench_follow  # noqa: E402
 from tools.bench.training_restart import bench_restart  # noqa: E402
 from tools.bench.training_states import bench_memory, bench_resume  # noqa: E402
@@ -139,6 +142,7 @@ PARTS: dict[str, Callable[[Bench], Found]] = {
     "diffusers": bench_diffusers,
     "save": bench_save,
     "ema": bench_ema,
+    "copies": lambda bench: bench_copies(bench.config, bench.side, bench.args.rounds),
     "memory": lambda bench: bench_memory(bench.args.full_channels),
     "resume": lambda bench: bench_resume(bench.url, bench.cores[0]),
     "follow": lambda bench: bench_follow(bench.config, bench.cores, bench.args.steps, bench.args.rounds),

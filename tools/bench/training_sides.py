@@ -23,6 +23,7 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from ddpm_dist import snapshot, storage  # noqa: E402
+from ddpm_dist.cluster.memory import Memory  # noqa: E402
 from ddpm_dist.config import Config  # noqa: E402
 from ddpm_dist.engine.engine import Engine  # noqa: E402
 from ddpm_dist.engine.world import World, broadcast_object, init_world  # noqa: E402
@@ -105,17 +106,19 @@ def ours(world: World, cfg: Config, steps: int, turns: Turns) -> None:
     token = run_folder.new_token()
     if world.is_first:
         finished(cfg, token)
-    _InTurns(cfg, world, broadcast_object(world, token), steps, turns).run()
+    InTurns(cfg, world, broadcast_object(world, token), steps, turns).run()
 
 
-class _InTurns(Training):
+class InTurns(Training):
     """Training in turns of so many steps, each with its checkpoints in the middle.
 
     A turn ends when all in the background is done, so that none of it is left to the other side's.
     """
 
-    def __init__(self, cfg: Config, world: World, token: str, steps: int, turns: Turns) -> None:
-        super().__init__(cfg, world, token)
+    def __init__(
+        self, cfg: Config, world: World, token: str, steps: int, turns: Turns, memory: Memory | None = None
+    ) -> None:
+        super().__init__(cfg, world, token, memory=memory)
         self._turns, self._steps, self._length = turns, steps, 0
         self._starts: list[float] = []
         self._ema_s: list[float] = []
@@ -140,10 +143,14 @@ class _InTurns(Training):
         first, every = self.step - len(self._starts), self.cfg.checkpoint.every_steps
         saving = [(first + i + 1) % every == 0 for i in range(len(self._starts))]
         self.store.finish()
-        self._turns.wait(step_s=step_s, saving=saving, ema_s=self._ema_s)
+        self._turns.wait(step_s=step_s, saving=saving, ema_s=self._ema_s, **self._about_turn())
         # The first turn is half a turn longer, so that checkpoints lie in the middle of all others.
         self._length = self._steps if self._starts else self._steps + self._steps // 2
         self._starts, self._ema_s = [], []
+
+    def _about_turn(self) -> dict[str, Any]:
+        """What else is told of a turn that has ended."""
+        return {}
 
 
 def engine_saving(world: World, cfg: Config, steps: int, turns: Turns) -> None:
