@@ -15,7 +15,9 @@ from ddpm_dist.errors import ClaimError
 from ddpm_dist.state import format as fmt, history, recall
 from ddpm_dist.state.store import StateStore
 from tests.engine.worker_group import config
-from tests.state.test_store import ALONE, Dead, Fake, assert_is, attempt, die_at, fake_averages, resume, save
+from tests.state.tiny import ALONE, Dead, Fake, assert_is, attempt, die_at, fake_averages, resume, save
+
+pytestmark = pytest.mark.usefixtures("small_files")
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from ddpm_dist.state import format as fmt, history
 from ddpm_dist.state.reader import read_full, read_manifest
 from ddpm_dist.state.store import StateStore
 from tests.engine.worker_group import config
-from tests.state.tiny import Fake, assert_is, attempt, cut, flip, folder, resume, save
+from tests.state.tiny import Dead, Fake, assert_is, attempt, cut, die_at, flip, folder, resume, save
 from tools.local.s3_server import S3Server
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
@@ -140,10 +139,6 @@ def test_an_error_that_waiting_does_not_cure_reaches_the_training(cfg: Config, m
         store.poll()
 
 
-class Dead(BaseException):
-    """The process is gone: whatever it would still do doesn't happen."""
-
-
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_a_save_that_dies_at_any_write_leaves_a_whole_state(
     after: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -169,25 +164,6 @@ def test_a_save_that_dies_at_any_write_leaves_a_whole_state(
         assert_is(fake, step)
         k += 1
     assert k >= 15, "a claim, two saves of several files, and retention"
-
-
-def die_at(k: int, after: bool, patch: pytest.MonkeyPatch) -> None:
-    """From the k-th operation that changes the store on, nothing happens any more (but that one, if `after`)."""
-    done = [0]
-
-    def wrap(operation: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*arguments: Any) -> Any:
-            number, done[0] = done[0], done[0] + 1
-            if number < k:
-                return operation(*arguments)
-            if after and number == k:
-                operation(*arguments)
-            raise Dead
-
-        return wrapped
-
-    for name in ("publish", "create", "delete", "delete_tree"):
-        patch.setattr(storage, name, wrap(getattr(storage, name)))
 
 
 def test_on_a_real_s3_server(bucket_url: str) -> None:

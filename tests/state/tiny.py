@@ -1,11 +1,14 @@
 """A state store of one process, with an engine whose values tell what they are."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from ddpm_dist import storage
 from ddpm_dist.config import Config
 from ddpm_dist.engine.pieces import Piece
 from ddpm_dist.engine.world import World
@@ -96,3 +99,26 @@ def flip(path: Path, at: int) -> None:
 
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-33])
+
+
+class Dead(BaseException):
+    """The process is gone: whatever it would still do doesn't happen."""
+
+
+def die_at(k: int, after: bool, patch: pytest.MonkeyPatch) -> None:
+    """From the k-th operation that changes the store on, nothing happens any more (but that one, if `after`)."""
+    done = [0]
+
+    def wrap(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any) -> Any:
+            number, done[0] = done[0], done[0] + 1
+            if number < k:
+                return operation(*arguments)
+            if after and number == k:
+                operation(*arguments)
+            raise Dead
+
+        return wrapped
+
+    for name in ("publish", "create", "delete", "delete_tree"):
+        patch.setattr(storage, name, wrap(getattr(storage, name)))
