@@ -60,7 +60,7 @@ BRINGS: dict[str, dict[str, str]] = {
         "flops": "torch numpy pydantic yaml",
         "failures step": f"torch numpy pydantic psutil {PIXELS}",
         "optim": "pydantic",
-        "saved": "torch numpy pydantic psutil yaml",
+        "copies saved": "torch numpy pydantic psutil yaml",
         "watchdog": "",
     },
     "state": {"*": "torch numpy psutil pydantic", "store": "torch numpy psutil pydantic yaml"},
@@ -69,7 +69,7 @@ BRINGS: dict[str, dict[str, str]] = {
         "train": "ray pydantic yaml",
         "supervisor": "ray pydantic yaml",
         "rank": "pydantic yaml",
-        "agreement child standby standby_key standby_locks standby_server places environment upload": "",
+        "agreement child memory standby standby_key standby_locks standby_server places environment upload": "",
     },
     "snapshot": {
         "*": "torch numpy pydantic",
