@@ -200,6 +200,7 @@ def our_worker(arguments: dict[str, Any], token: str, order: dict[str, Any]) -> 
 def rays_worker(order: dict[str, Any]) -> None:
     """Ray Train's guide to checkpoints ("Saving and Loading Checkpoints", PyTorch), with this network and batch."""
     import ray.train
+    import torch.distributed
     from ray.train import Checkpoint
 
     from ddpm_dist import snapshot
@@ -226,7 +227,9 @@ def rays_worker(order: dict[str, Any]) -> None:
         loss.backward()
         optimizer.step()
         stamp(order["stamps"])
-        if os.path.exists(order["end"]):
+        end = torch.tensor(os.path.exists(order["end"]))
+        torch.distributed.broadcast(end, 0)  # a rank that leaves a step before the other leaves it waiting for ever
+        if end:
             return
         if (step + 1) % EVERY == 0:
             with tempfile.TemporaryDirectory() as folder:
