@@ -200,7 +200,7 @@ def our_worker(arguments: dict[str, Any], token: str, order: dict[str, Any]) -> 
 def rays_worker(order: dict[str, Any]) -> None:
     """Ray Train's guide to checkpoints ("Saving and Loading Checkpoints", PyTorch), with this network and batch."""
     import ray.train
-    import torch.distributed
+    import torch.distributed as dist
     from ray.train import Checkpoint
 
     from ddpm_dist import snapshot
@@ -228,7 +228,7 @@ def rays_worker(order: dict[str, Any]) -> None:
         optimizer.step()
         stamp(order["stamps"])
         end = torch.tensor(os.path.exists(order["end"]))
-        torch.distributed.broadcast(end, 0)  # a rank that leaves a step before the other leaves it waiting for ever
+        dist.broadcast(end, 0)  # a rank that leaves a step before the other leaves it waiting for ever
         if end:
             return
         if (step + 1) % EVERY == 0:
