@@ -86,6 +86,7 @@ class Memory:
         os.pwrite(self._descriptor, bytes(_NOTE), 0)
 
     def whole(self) -> dict[int, tuple[int, bytes]]:
+        """Slot -> (number, text), of those that are whole."""
         return whole(self._descriptor)
 
     def begin(self, slot: int) -> None:
@@ -114,6 +115,7 @@ class Memory:
 
     @note.setter
     def note(self, text: bytes) -> None:
+        """text: at most 2040 bytes."""
         assert len(text) <= _NOTE_BYTES - 2 * _CRC.size
         os.pwrite(self._descriptor, _CRC.pack(len(text)) + _CRC.pack(zlib.crc32(text)) + text, _NOTE)
 

@@ -47,8 +47,8 @@ def test_lost_and_restart_time() -> None:
 
 def test_means_over_ranks_and_steps() -> None:
     window = Window(10, bad_samples=40)
-    window.add(Shared(6.0, 2, [6.0, 0, 0, 0], [2, 0, 0, 0], 1, False, False))
-    window.add(Shared(2.0, 2, [0, 0, 0, 2.0], [0, 0, 0, 2], 3, False, False))
+    window.add(Shared(6.0, 2, [6.0, 0, 0, 0], [2, 0, 0, 0], 1, False, False, False))
+    window.add(Shared(2.0, 2, [0, 0, 0, 2.0], [0, 0, 0, 2], 3, False, False, False))
     steps, means = window.take(12)
     assert steps == 2
     assert means == {"loss/mean": 2.0, "loss/t_quartile_1": 3.0, "loss/t_quartile_4": 1.0}
