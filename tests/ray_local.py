@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ import pytest
 
 from ddpm_dist.cluster import METRICS_CLOSED
 from tools.local.processes import start_family
-from tools.local.s3_server import S3Server
+from tools.local.s3_server import S3Server, free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 START_S = 180.0
@@ -44,7 +43,7 @@ class RayCluster:
             "RAY_DEDUP_LOGS": "0",
             "RAY_worker_niceness": "0",
         }
-        self.address = f"127.0.0.1:{_free_port()}"
+        self.address = f"127.0.0.1:{free_port()}"
         head = ["--head", "--include-dashboard=false", f"--port={self.address.split(':')[1]}"]
         self.head = self._start([*head, f"--temp-dir={self.folder}"], cpus)
 
@@ -93,7 +92,7 @@ class RayCluster:
     def _start(self, arguments: list[str], cpus: int) -> "subprocess.Popen[bytes]":
         command = [
             str(Path(sys.executable).with_name("ray")), "start", *arguments, "--block", f"--num-cpus={cpus}",
-            f"--dashboard-agent-listen-port={_free_port()}", "--disable-usage-stats",
+            f"--dashboard-agent-listen-port={free_port()}", "--disable-usage-stats",
             "--node-ip-address=127.0.0.1", "--object-store-memory=200000000", "--min-worker-port=0",
             "--max-worker-port=0",
         ]  # fmt: skip
@@ -134,9 +133,3 @@ def _disconnect() -> None:
 def _processes(node: "subprocess.Popen[bytes]") -> list[psutil.Process]:
     """Of a node whose guardian lives, all but the guardian."""
     return psutil.Process(node.pid).children(recursive=True) if node.poll() is None else []
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])

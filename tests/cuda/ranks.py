@@ -16,7 +16,7 @@ import torch
 from ddpm_dist.config import ClusterConfig
 from ddpm_dist.engine import engine
 from ddpm_dist.engine.world import World, init_world
-from tests.engine.worker_group import _free_port
+from tools.local.s3_server import free_port
 
 TIMEOUT_S = 58.0
 """A test on a GPU is to end within a minute."""
@@ -71,7 +71,7 @@ class Ranks:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(self._size)}
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(self._size)}
         for rank in range(self._size):
             ours, theirs = context.Pipe()
             environment = {**self._environment, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import pickle
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -18,6 +17,7 @@ from ddpm_dist.engine.engine import Engine
 from ddpm_dist.engine.world import World, init_world
 from ddpm_dist.recipe import validate
 from ddpm_dist.rng import normal
+from tools.local.s3_server import free_port
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([__name__, "ddpm_dist.training.entry", "s3fs"])
@@ -38,7 +38,7 @@ def run_ranks(function: Callable[..., Any], size: int, *arguments: Any, timeout_
 def start_ranks(function: Callable[..., Any], size: int, *arguments: Any, timeout_s: float = 120.0) -> list[Any]:
     """For each rank: [its result], the text of its error, or None if it was killed."""
     environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(size)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
     pipes, processes = [], []
     for rank in range(size):
         ours, theirs = _CONTEXT.Pipe(duplex=False)
@@ -83,12 +83,6 @@ def _main(pipe: Connection, environment: dict[str, str], function: Callable[...,
     pipe.send_bytes(pickle.dumps(result))
     pipe.close()
     os._exit(0)
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 class TinyNet(nn.Module):

@@ -12,6 +12,7 @@ from pathlib import Path
 from ddpm_dist import storage
 from ddpm_dist.state.history import latest_step
 from tools.local.processes import start_bound
+from tools.local.s3_server import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
@@ -29,7 +30,7 @@ def make_digits(url: str) -> None:
 def deepspeed(config: str, overrides: Sequence[str], log: Path, workers: int = 2) -> subprocess.Popen[str]:
     """`deepspeed launch/train_deepspeed.py`, in a process group of its own."""
     command = [
-        Path(sys.executable).with_name("deepspeed"), "--num_gpus", str(workers), "--master_port", str(_free_port()),
+        Path(sys.executable).with_name("deepspeed"), "--num_gpus", str(workers), "--master_port", str(free_port()),
         ROOT / "launch/train_deepspeed.py", "--config", ROOT / config, *overrides,
     ]  # fmt: skip
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
@@ -72,11 +73,3 @@ def state_reached(run_url: str, step: int) -> Callable[[], bool]:
 def weights_sha256(run_url: str, step: int) -> str:
     url = storage.join(run_url, f"snapshots/{step:09d}/unet/diffusion_pytorch_model.safetensors")
     return hashlib.sha256(storage.read(url)).hexdigest()
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
