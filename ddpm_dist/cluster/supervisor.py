@@ -270,10 +270,10 @@ def _standby(environment: dict[str, str], gpus: bool) -> Standby:
 
 
 def _process(pid: int) -> int | None:
-    """Descriptor of a process, readable when it has ended; None if it has."""
+    """Descriptor of a process, readable when it has ended; None if it has, or before Linux 5.3."""
     try:
         return os.pidfd_open(pid)
-    except (AttributeError, ProcessLookupError):
+    except (AttributeError, OSError):
         return None
 
 
