@@ -2,16 +2,15 @@
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ddpm_dist.cluster import memory as memories
 from ddpm_dist.cluster.memory import Memory
 from ddpm_dist.config import Config
-from ddpm_dist.engine.world import World, broadcast_object
-from ddpm_dist.training import run_folder
+from ddpm_dist.engine.world import World
 from ddpm_dist.training.copies import CopySteps
-from ddpm_dist.training.entry import finished
-from tools.bench.training_sides import InTurns, Train, Turns
+from tools.bench.training_sides import InTurns, Train, Turns, ours
 
 EVERY = (10, 1)
 """Steps between two copies."""
@@ -26,10 +25,10 @@ def bench_copies(config: Callable[..., Config], side: Callable[[Train, Config], 
     for every in EVERY:
         cfg = config(f"checkpoint.memory_every_steps={every}", "checkpoint.every_steps=10000000")
         ratios = []
-        with side(_ours, cfg) as ours:
-            ours.turn(), ours.turn()  # what happens once
+        with side(partial(ours, kind=_Alternating), cfg) as training:
+            training.turn(), training.turn()  # what happens once
             for _ in range(rounds):
-                turns = [ours.turn(), ours.turn()]
+                turns = [training.turn(), training.turn()]
                 seconds = {turn["copying"]: statistics.mean(turn["step_s"]) for turn in turns}
                 ratios.append(seconds[True] / seconds[False])
                 print(
@@ -39,13 +38,6 @@ def bench_copies(config: Callable[..., Config], side: Callable[[Train, Config], 
                 )
         found[f"copies_each_{every}_step_of_without"] = statistics.median(ratios)
     return found
-
-
-def _ours(world: World, cfg: Config, steps: int, turns: Turns) -> None:
-    token = run_folder.new_token()
-    if world.is_first:
-        finished(cfg, token)
-    _Alternating(cfg, world, broadcast_object(world, token), steps, turns).run()
 
 
 class _Alternating(InTurns):

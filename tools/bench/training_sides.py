@@ -101,12 +101,12 @@ def _main(pipe: Any, train: Train, rank: int, size: int, port: int, core: int, c
 # Ours
 
 
-def ours(world: World, cfg: Config, steps: int, turns: Turns) -> None:
+def ours(world: World, cfg: Config, steps: int, turns: Turns, kind: "type[InTurns] | None" = None) -> None:
     """The whole system: stream from S3, DeepSpeed, averages, logging, checkpoints."""
     token = run_folder.new_token()
     if world.is_first:
         finished(cfg, token)
-    InTurns(cfg, world, broadcast_object(world, token), steps, turns).run()
+    (kind or InTurns)(cfg, world, broadcast_object(world, token), steps, turns).run()
 
 
 class InTurns(Training):
