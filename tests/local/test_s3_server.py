@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ddpm_dist import storage
-from tools.local.s3_server import ROOT, S3Server
+from tools.local.s3_server import PORTS, ROOT, S3Server, free_port
 
 
 def test_what_was_acknowledged_survives_a_kill(bucket_url: str, s3_server: S3Server) -> None:
@@ -80,3 +80,9 @@ def _processes_with(*words: str) -> list[int]:
             if all(word in command for word in words):
                 found.append(int(entry.name))
     return found
+
+
+def test_no_port_is_given_twice_while_nobody_has_opened_it() -> None:
+    ports = [free_port() for _ in range(500)]
+    assert len(set(ports)) == 500
+    assert set(ports) <= set(PORTS), "below those that the kernel takes for outgoing connections"

@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -40,6 +41,8 @@ GRPC_OFFSET = 10000
 PORTS = range(20000, 22700)
 """Above the ports of Ray's workers, and with the second ports still below 32768, where the kernel takes ports for
 outgoing connections."""
+_given: deque[int] = deque(maxlen=1000)
+"""Ports that this process was given last: nobody may have opened them yet."""
 READY_S = 60.0
 SOCKETS = Path("/tmp")  # noqa: S108 - SeaweedFS puts its sockets there, whatever TMPDIR says
 
@@ -187,20 +190,16 @@ def client_environment(server: S3Server) -> dict[str, str]:
 
 def free_ports(ip: str = "127.0.0.1") -> dict[str, int]:
     """A free port for each of SeaweedFS's components, with its second port free as well."""
-    found: dict[str, int] = {}
-    for port in random.sample(PORTS, 200):
-        if len(found) == len(COMPONENTS):
-            break
-        if _is_free(ip, port) and _is_free(ip, port + GRPC_OFFSET):
-            found[COMPONENTS[len(found)]] = port
-    else:
-        raise StorageError(f"no free ports on {ip} in {PORTS.start}-{PORTS.stop - 1}")
-    return found
+    return {name: free_port(ip) for name in COMPONENTS}
 
 
 def free_port(ip: str = "127.0.0.1") -> int:
-    """A port that was free a moment ago, from the same range."""
-    return free_ports(ip)["s3"]
+    """A port that was free a moment ago, with its second one, and that this process wasn't given lately."""
+    for port in random.sample(PORTS, len(PORTS)):
+        if port not in _given and _is_free(ip, port) and _is_free(ip, port + GRPC_OFFSET):
+            _given.append(port)
+            return port
+    raise StorageError(f"no free ports on {ip} in {PORTS.start}-{PORTS.stop - 1}")
 
 
 def _is_free(ip: str, port: int) -> bool:
